@@ -1,0 +1,444 @@
+"""
+One experiment: train a small GPT for five minutes on the text that prepare.py has made, print val_bpb.
+
+    uv run train.py                     # six minutes, with start-up and evaluation
+
+Everything in this file may be changed. What comes from prepare.py (the batches and their clock, the
+metric, the seed) may not: it makes the numbers of different versions of this file comparable.
+"""
+
+import math
+import shutil
+import time
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import prepare
+
+# ------------------------------------------------------------------------------------------------
+# Hyperparameters: a column for each dataset; change the one that you run on.
+# climbmix and tinystories start from runs published by others; they have not been run here.
+
+RECIPES = "climbmix", "tinystories", "sotu"
+HYPERPARAMETERS = {
+    #                    climbmix  tinystories    sotu
+    "vocab_size":       (    8192,        4096,    2048),   # a tokenizer that prepare.py has made
+    "depth":            (       9,           6,       3),   # blocks
+    "width":            (     512,         384,     128),   # of the residual stream
+    "head_size":        (     128,         128,      64),   # of an attention head
+    "windows":          ( "SSSSL",         "L",     "L"),   # pattern of short and long layers; the last is long
+    "short_window":     (     256,         128,      64),   # tokens that a short layer sees, its own included
+    "rotary_base":      (     2e5,         1e4,     1e4),   # wavelengths from 2 pi to 2 pi x this, in tokens
+    "qk_scale":         (     1.1,         1.1,     1.2),   # factor on normed q and on normed k
+    "softcap":          (      15,          15,      15),   # logits stay below this
+    "values_every":     (       2,           2,       1),   # value embeddings on every nth block, the last included
+    "bigram_rows":      (       0,           0,   16384),   # of the hashed bigram table; 0 for none
+    "device_rows":      (     128,          64,      16),   # rows that go through the model at once
+    "accumulate":       (       1,           1,       1),   # such micro-batches to an optimizer step
+    "embedding_lr":     (     0.8,         0.8,     0.3),   # AdamW, token and value embeddings; x (width / 768)^-0.5
+    "bigram_lr":        (     0.8,         0.8,     0.3),   # AdamW, bigram table; likewise
+    "head_lr":          (   0.005,       0.005,   0.008),   # AdamW, head; likewise
+    "scalar_lr":        (     0.1,         0.1,     0.1),   # AdamW, gates and residual weights
+    "matrix_lr":        (    0.04,        0.04,    0.03),   # Muon, every matrix in the blocks
+    "matrix_decay":     (     0.2,         0.2,     0.1),   # of the matrices, cautious, falling to 0 over the run
+    "warmdown":         (    0.75,        0.75,     0.6),   # last share of the time, in which rates fall linearly
+    "final_lr":         (    0.05,        0.05,    0.05),   # share of the rate that is left at the end
+    "momentum_steps":   (     200,         200,     200),   # in which Muon's momentum rises from 0.85 to 0.95
+}
+
+
+def hyperparameters(recipe):
+    """The column of that name, as attributes."""
+    column = RECIPES.index(recipe)
+    return SimpleNamespace(**{name: values[column] for name, values in HYPERPARAMETERS.items()})
+
+# ------------------------------------------------------------------------------------------------
+# Precision: bfloat16 products where the hardware has them; elsewhere they are 50 times slower, not faster
+
+def compute_dtype(device):
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = device.type == "cpu" and any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16")))
+    return torch.bfloat16 if fast else torch.float32
+
+
+class Linear(nn.Linear):
+    """x W^T in the precision of x; the weights are kept in float32."""
+
+    def __init__(self, fan_in, fan_out):
+        super().__init__(fan_in, fan_out, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+# ------------------------------------------------------------------------------------------------
+# Attention: causal; q, k, v and the result (B, T, heads, head size); window: keys seen, the own one included
+
+def sdpa(q, k, v, window):
+    """torch's own. It has no kernel that skips what a window leaves out, so the caller must ask for the whole."""
+    assert window >= q.size(1)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def varlen(q, k, v, window):
+    """FlashAttention-2 as torch carries it, from Ampere on; rows are sequences of one length."""
+    from torch.nn.attention.varlen import varlen_attn
+    B, T = q.shape[:2]
+    ends = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    return varlen_attn(q, k, v, ends, ends, T, T, window_size=(window - 1, 0)).unflatten(0, (B, T))
+
+
+def flash3():
+    """FlashAttention-3 for Hopper, from the hub."""
+    from kernels import get_kernel
+    flash_attn_func = get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
+    return lambda q, k, v, window: flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0))
+
+
+def choose_attention(device):
+    """The fastest attention that works here, and whether its cost falls with the window."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    kernels = [("FlashAttention-3", flash3)] if capability == (9, 0) else []
+    kernels += [("varlen_attn", lambda: varlen)] if capability >= (8, 0) else []
+    for name, load in kernels:
+        try:
+            attend = load()
+            q = torch.randn(1, 128, 1, 128, device=device, dtype=torch.bfloat16, requires_grad=True)
+            attend(q, q, q, 64).sum().backward()        # some load and then fail at the first call
+            print(f"attention: {name}")
+            return attend, True
+        except Exception as error:                      # no network, no build for this card, a kernel that fails ...
+            print(f"attention: no {name} here ({type(error).__name__}: {str(error).splitlines()[0][:100]})")
+    print("attention: scaled_dot_product_attention, every layer over the whole context")
+    return sdpa, False
+
+# ------------------------------------------------------------------------------------------------
+# Model
+
+def norm(x):
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotary_tables(length, size, base):
+    """cos and sin, (length, 1, size / 2), of position x base^(-2i / size) (RoFormer, arXiv 2104.09864)."""
+    angles = torch.outer(torch.arange(length), base ** (-torch.arange(0, size, 2) / size))[:, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, h, attend, window):
+        super().__init__()
+        self.attend, self.window, self.head_size, self.scale = attend, window, h.head_size, h.qk_scale
+        self.q, self.k, self.v, self.out = (Linear(h.width, h.width) for _ in range(4))
+        self.gate = Linear(32, h.width // h.head_size)      # how much each head takes of the value embedding
+
+    def forward(self, x, values, cos, sin):
+        q, k, v = (linear(x).unflatten(-1, (-1, self.head_size)) for linear in (self.q, self.k, self.v))
+        if values is not None:
+            v = v + 2 * torch.sigmoid(self.gate(x[..., :32]))[..., None] * values.to(x.dtype).view_as(v)
+        q, k = (norm(rotate(t, cos, sin)) * self.scale for t in (q, k))
+        return self.out(self.attend(q, k, v, self.window).flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, h):
+        super().__init__()
+        self.up, self.down = Linear(h.width, 4 * h.width), Linear(4 * h.width, h.width)
+
+    def forward(self, x):
+        return self.down(F.relu(self.up(x)).square())       # ReLU^2: Primer, arXiv 2109.08668
+
+
+class Block(nn.Module):
+    def __init__(self, h, attend, window):
+        super().__init__()
+        self.attention, self.mlp = Attention(h, attend, window), MLP(h)
+        self.mix = nn.Parameter(torch.empty(3))             # weights of the stream, of x0 and of the bigram embedding
+
+    def forward(self, x, x0, bigram, values, cos, sin):
+        mix = self.mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        if bigram is not None:
+            x = x + mix[2] * bigram
+        x = x + self.attention(norm(x), values, cos, sin)
+        return x + self.mlp(norm(x))
+
+
+class Head(nn.Module):
+    def __init__(self, h):
+        super().__init__()
+        self.cap, self.weight = h.softcap, nn.Parameter(torch.empty(h.vocab_size, h.width))
+
+    def forward(self, x, targets=None):
+        """Logits (B, T, vocabulary), or the mean loss over the targets (B, T) that are not -1."""
+        z = F.linear(norm(x), self.weight.to(x.dtype)).float()
+        logits = z * torch.rsqrt(1 + (z / self.cap).square())       # the shape of cap x tanh(z / cap), cheaper on a CPU
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+
+class GPT(nn.Module):
+    def __init__(self, h, context, dtype, attend=sdpa, skips=False):
+        super().__init__()
+        self.dtype, self.bigram_rows = dtype, h.bigram_rows
+        pattern = h.windows if skips else "L"
+        windows = [h.short_window if pattern[i % len(pattern)] == "S" and i < h.depth - 1 else context
+                   for i in range(h.depth)]
+        self.embed = nn.Embedding(h.vocab_size, h.width)
+        self.values = nn.ModuleDict({str(i): nn.Embedding(h.vocab_size, h.width)
+                                     for i in range(h.depth) if (h.depth - 1 - i) % h.values_every == 0})
+        self.bigram = nn.Embedding(h.bigram_rows, h.width, sparse=True) if h.bigram_rows else None
+        self.blocks = nn.ModuleList(Block(h, attend, window) for window in windows)
+        self.head = Head(h)
+        for name, table in zip(("cos", "sin"), rotary_tables(context, h.head_size, h.rotary_base)):
+            self.register_buffer(name, table.to(dtype), persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self):
+        bound = 0.68 * math.sqrt(3 / self.embed.embedding_dim)
+        for name, p in self.named_parameters():
+            match name.removesuffix(".weight").rstrip(".0123456789").split(".")[-1]:
+                case "embed": p.normal_(std=0.8)
+                case "q" | "k" | "v" | "up" | "values": p.uniform_(-bound, bound)
+                case "out" | "down" | "gate" | "bigram": p.zero_()
+                case "head": p.normal_(std=0.001)
+                case "mix": p.copy_(torch.tensor([1, 0.1, 0.1]))
+                case _: raise ValueError(f"no initialisation for {name}")
+
+    def forward(self, ids, targets=None):
+        """Logits (B, T, vocabulary) for token ids (B, T), or the mean loss over the targets (B, T) that are not -1."""
+        x0 = norm(self.embed(ids).to(self.dtype))
+        x = x0.clone()          # were it the same tensor, the first block would be compiled apart from the others
+        bigram = self.bigram(self.bigram_row(ids)).to(self.dtype) if self.bigram is not None else None
+        cos, sin = self.cos[:ids.size(1)], self.sin[:ids.size(1)]
+        for i, block in enumerate(self.blocks):
+            values = self.values[str(i)](ids) if str(i) in self.values else None
+            x = block(x, x0, bigram, values, cos, sin)
+        return self.head(x, targets)
+
+    def bigram_row(self, ids):
+        previous = F.pad(ids, (1, 0))[:, :-1]
+        return ((36313 * ids) ^ (27191 * previous)) % (self.bigram_rows - 1)
+
+    def flops_per_token(self, context):
+        """Training: 6 a matrix parameter, and 12 x width x keys seen (causal, windowed) a layer; look-ups cost none."""
+        matrices = sum(p.numel() for p in (*self.blocks.parameters(), self.head.weight) if p.dim() == 2)
+        keys = [sum(min(t + 1, block.attention.window) for t in range(context)) / context for block in self.blocks]
+        return 6 * matrices + 12 * self.embed.embedding_dim * sum(keys)
+
+# ------------------------------------------------------------------------------------------------
+# Optimizer: Muon for the matrices, AdamW for the rest
+
+POLAR_EXPRESS = (       # arXiv 2505.16932: coefficients (a, b, c) of five steps
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
+
+
+def orthogonalise(g, dtype=torch.float32):
+    """The semi-orthogonal matrices nearest to g (N, rows, columns), about: singular values go to 1."""
+    tall = g.size(-2) > g.size(-1)
+    x = (g.mT if tall else g).to(dtype)
+    x = x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        s = x @ x.mT
+        x = a * x + (b * s + c * s @ s) @ x
+    return (x.mT if tall else x).to(g.dtype)
+
+
+def muon_update(p, g, m, v, lr, momentum, beta2, decay, dtype):
+    """
+    One step of Muon on matrices p (N, rows, columns): gradient g, momentum m, and v, the running mean square of the
+    rows or columns of the update, which NorMuon (arXiv 2510.05491) evens out. Decays only where the update agrees.
+    """
+    m.lerp_(g, 1 - momentum)
+    o = orthogonalise(g.lerp(m, momentum), dtype)
+    size = o.norm(dim=(-2, -1), keepdim=True)
+    v.lerp_(o.square().mean(dim=long_side(p), keepdim=True), 1 - beta2)
+    o = o * v.clamp(min=1e-10).rsqrt()
+    o = o * (size / o.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
+    o = o * max(1, p.size(-2) / p.size(-1)) ** 0.5
+    p.sub_(lr * (o + decay * p * (o * p >= 0)))
+
+
+def long_side(p):
+    """The dimension that a running mean square is taken over: one entry stays for each place on the longer side."""
+    return -1 if p.size(-2) >= p.size(-1) else -2
+
+
+def adamw_update(p, g, m, v, step, lr, beta1, beta2, eps, decay):
+    """One step of AdamW (arXiv 1711.05101) on p: gradient g, running means m of it and v of its square; step from 1."""
+    p.mul_(1 - lr * decay)
+    m.lerp_(g, 1 - beta1)
+    v.lerp_(g.square(), 1 - beta2)
+    p.sub_(lr / (1 - beta1 ** step) * m / ((v / (1 - beta2 ** step)).sqrt() + eps))
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Groups of kind "muon" (matrices of one shape, updated together) and "adamw"; a sparse gradient updates its rows."""
+
+    def __init__(self, groups, compiled=lambda update: update):
+        super().__init__(groups, {})
+        self.muon_update, self.adamw_update = compiled(muon_update), compiled(adamw_update)
+        for group in self.param_groups:
+            group["peak_lr"] = group["lr"]
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            numbers = {name: torch.tensor(group[name]) for name in ("lr", "momentum", "decay") if name in group}
+            update = self.step_muon if group["kind"] == "muon" else self.step_adamw
+            update(**group | numbers)       # as tensors: a compiled update is not compiled anew for each value
+
+    def step_muon(self, params, lr, momentum, beta2, decay, dtype, **_):
+        p, g, state = torch.stack(params), torch.stack([p.grad for p in params]), self.state[params[0]]
+        if not state:
+            state |= {"m": torch.zeros_like(p), "v": torch.zeros_like(p.mean(dim=long_side(p), keepdim=True))}
+        self.muon_update(p, g, state["m"], state["v"], lr, momentum, beta2, decay, dtype)
+        torch._foreach_copy_(params, p.unbind())
+
+    def step_adamw(self, params, lr, betas, eps, decay, **_):
+        for p in params:
+            state = self.state[p]
+            if not state:
+                state |= {"step": torch.tensor(0.0), "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+            state["step"] += 1
+            numbers = state["step"], lr, *betas, eps, decay
+            if not p.grad.is_sparse:
+                self.adamw_update(p, p.grad, state["m"], state["v"], *numbers)
+                continue
+            g = p.grad.coalesce()
+            rows = g.indices()[0]
+            tables = p, state["m"], state["v"]
+            q, m, v = (table[rows] for table in tables)
+            adamw_update(q, g.values(), m, v, *numbers)
+            for table, new in zip(tables, (q, m, v)):
+                table[rows] = new
+
+
+def make_optimizer(model, h, dtype=torch.float32, compiled=lambda update: update):
+    """A MuonAdamW whose groups cover every parameter exactly once."""
+    scale = (h.width / 768) ** -0.5
+    adamw = dict(kind="adamw", betas=(0.8, 0.95), eps=1e-10, decay=0.0)
+    blocks = list(model.blocks.named_parameters())
+    scalars = [p for name, p in blocks if name.endswith(("mix", "gate.weight"))]
+    groups = [adamw | dict(params=[model.embed.weight, *model.values.parameters()], lr=scale * h.embedding_lr),
+              adamw | dict(params=[model.head.weight], lr=scale * h.head_lr),
+              adamw | dict(params=scalars, lr=h.scalar_lr)]
+    if model.bigram is not None:
+        groups.append(adamw | dict(params=[model.bigram.weight], lr=scale * h.bigram_lr))
+    matrices = [p for name, p in blocks if not name.endswith(("mix", "gate.weight"))]
+    for shape in sorted({p.shape for p in matrices}):
+        groups.append(dict(kind="muon", params=[p for p in matrices if p.shape == shape], lr=h.matrix_lr,
+                           momentum=0.95, beta2=0.9, decay=h.matrix_decay, dtype=dtype))
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(map(id, model.parameters())), "a parameter is in no group, or in two"
+    return MuonAdamW(groups, compiled)
+
+
+def schedule(optimizer, h, step, progress):
+    """Set the rates: constant, then falling linearly over the last `warmdown` of the time. progress: 0 to 1."""
+    share = h.final_lr + (1 - h.final_lr) * min(1, (1 - progress) / h.warmdown)
+    for group in optimizer.param_groups:
+        group["lr"] = share * group["peak_lr"]
+        if group["kind"] == "muon":
+            group["momentum"] = 0.85 + 0.1 * min(1, step / h.momentum_steps)
+            group["decay"] = h.matrix_decay * (1 - progress)
+
+# ------------------------------------------------------------------------------------------------
+# Compilation, and the speed that the device could have
+
+def choose_compiler(device):
+    """torch.compile where it works, else a function that changes nothing. Blocks share one compilation."""
+    compiled = lambda function: torch.compile(function, dynamic=False)
+    try:
+        if device.type != "mps":
+            compiled(lambda x: x * 2 + 1)(torch.ones(8, device=device))
+            return compiled
+        reason = "not on MPS"
+    except Exception as error:
+        reason = "no C++ compiler" if not shutil.which("c++") else type(error).__name__
+    print(f"compile: eager ({reason})")
+    return lambda function: function
+
+
+PEAK_FLOPS = {          # dense bfloat16 products, by the makers' data sheets; a part of the device's name
+    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
+}
+
+
+def peak_flops(device, dtype):
+    """FLOP/s of the device: from the table, or the best of a few large products."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        if known := [peak for part, peak in PEAK_FLOPS.items() if part in name]:
+            return known[0]
+    a = torch.randn(2048, 2048, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048 ** 3 / best
+
+# ------------------------------------------------------------------------------------------------
+# Training
+
+def train(run, h):
+    dtype, compiled = compute_dtype(run.device), choose_compiler(run.device)
+    model = GPT(h, run.context, dtype, *choose_attention(run.device)).to(run.device)
+    model.init_weights()
+    optimizer = make_optimizer(model, h, dtype, compiled)
+    for module in (*model.blocks, model.head):
+        module.forward = compiled(module.forward)
+    num_params = sum(p.numel() for p in model.parameters())
+    print(f"model: {num_params / 1e6:.1f}M parameters, products in {dtype}")
+
+    with run.warmup(model, optimizer) as made_up:       # compiles everything, before the clock starts
+        for _ in range(2):
+            model(*made_up(h.device_rows)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            model(made_up(run.evaluation_rows)[0])
+    peak = peak_flops(run.device, dtype)
+
+    step, loss = 0, 0.0
+    for micro, (x, y) in enumerate(run.batches(h.device_rows), 1):
+        part = model(x, y) / h.accumulate
+        part.backward()
+        loss += part.detach()
+        if micro % h.accumulate == 0:
+            schedule(optimizer, h, step, run.progress)
+            optimizer.step()
+            optimizer.zero_grad()
+            run.log(step, loss)
+            step, loss = step + 1, 0.0
+
+    run.evaluate_bpb(model)
+    mfu = model.flops_per_token(run.context) * run.tokens / run.training_seconds / peak
+    run.report(num_steps=step, num_params=num_params, depth=h.depth, mfu_percent=100 * mfu)
+
+
+def main():
+    h = hyperparameters(prepare.chosen_dataset().recipe)
+    with prepare.Run(h.vocab_size) as run:
+        train(run, h)
+
+
+if __name__ == "__main__":
+    main()
