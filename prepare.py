@@ -990,8 +990,8 @@ class Run:
 
     @property
     def evaluation_rows(self):
-        """Rows a batch in evaluation: as many as give 64 MiB of float32 logits on a CPU, 1 GiB on a GPU."""
-        return max(1, 2 ** (24 if self.device.type == "cpu" else 28) // (self.context * self.vocab_size))
+        """Rows a batch in evaluation: as many as give 16 MiB of float32 logits on a CPU (its cache), 1 GiB on a GPU."""
+        return max(1, 2 ** (22 if self.device.type == "cpu" else 28) // (self.context * self.vocab_size))
 
     def evaluation_text(self, split):
         """Tokens and document offsets of a split. Raises SystemExit where they are not the prepared ones."""

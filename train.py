@@ -255,8 +255,8 @@ def orthogonalise(g, dtype=torch.float32):
     x = (g.mT if tall else g).to(dtype)
     x = x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
     for a, b, c in POLAR_EXPRESS:
-        s = x @ x.mT
-        x = a * x + (b * s + c * s @ s) @ x
+        s = x @ x.mT                                        # x <- a x + (b s + c s s) x
+        x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(g.dtype)
 
 
@@ -285,52 +285,48 @@ def adamw_update(p, g, m, v, step, lr, beta1, beta2, eps, decay):
     p.mul_(1 - lr * decay)
     m.lerp_(g, 1 - beta1)
     v.lerp_(g.square(), 1 - beta2)
-    p.sub_(lr / (1 - beta1 ** step) * m / ((v / (1 - beta2 ** step)).sqrt() + eps))
+    p.addcdiv_(m, (v / (1 - beta2 ** step)).sqrt_().add_(eps), value=-lr / (1 - beta1 ** step))
 
 
 class MuonAdamW(torch.optim.Optimizer):
     """Groups of kind "muon" (matrices of one shape, updated together) and "adamw"; a sparse gradient updates its rows."""
 
-    def __init__(self, groups, compiled=lambda update: update):
+    def __init__(self, groups):
         super().__init__(groups, {})
-        self.muon_update, self.adamw_update = compiled(muon_update), compiled(adamw_update)
         for group in self.param_groups:
             group["peak_lr"] = group["lr"]
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            numbers = {name: torch.tensor(group[name]) for name in ("lr", "momentum", "decay") if name in group}
             update = self.step_muon if group["kind"] == "muon" else self.step_adamw
-            update(**group | numbers)       # as tensors: a compiled update is not compiled anew for each value
+            update(**group)
 
     def step_muon(self, params, lr, momentum, beta2, decay, dtype, **_):
         p, g, state = torch.stack(params), torch.stack([p.grad for p in params]), self.state[params[0]]
         if not state:
             state |= {"m": torch.zeros_like(p), "v": torch.zeros_like(p.mean(dim=long_side(p), keepdim=True))}
-        self.muon_update(p, g, state["m"], state["v"], lr, momentum, beta2, decay, dtype)
+        muon_update(p, g, state["m"], state["v"], lr, momentum, beta2, decay, dtype)
         torch._foreach_copy_(params, p.unbind())
 
     def step_adamw(self, params, lr, betas, eps, decay, **_):
         for p in params:
             state = self.state[p]
             if not state:
-                state |= {"step": torch.tensor(0.0), "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+                state |= {"step": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
             state["step"] += 1
-            numbers = state["step"], lr, *betas, eps, decay
-            if not p.grad.is_sparse:
-                self.adamw_update(p, p.grad, state["m"], state["v"], *numbers)
-                continue
-            g = p.grad.coalesce()
-            rows = g.indices()[0]
-            tables = p, state["m"], state["v"]
+            tables, g, rows = (p, state["m"], state["v"]), p.grad, ...
+            if g.is_sparse:                                 # only the rows that the batch looked up
+                g = g.coalesce()
+                g, rows = g.values(), g.indices()[0]
             q, m, v = (table[rows] for table in tables)
-            adamw_update(q, g.values(), m, v, *numbers)
-            for table, new in zip(tables, (q, m, v)):
-                table[rows] = new
+            adamw_update(q, g, m, v, state["step"], lr, *betas, eps, decay)
+            if p.grad.is_sparse:
+                for table, new in zip(tables, (q, m, v)):
+                    table[rows] = new
 
 
-def make_optimizer(model, h, dtype=torch.float32, compiled=lambda update: update):
+def make_optimizer(model, h, dtype):
     """A MuonAdamW whose groups cover every parameter exactly once."""
     scale = (h.width / 768) ** -0.5
     adamw = dict(kind="adamw", betas=(0.8, 0.95), eps=1e-10, decay=0.0)
@@ -347,7 +343,7 @@ def make_optimizer(model, h, dtype=torch.float32, compiled=lambda update: update
                            momentum=0.95, beta2=0.9, decay=h.matrix_decay, dtype=dtype))
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(map(id, model.parameters())), "a parameter is in no group, or in two"
-    return MuonAdamW(groups, compiled)
+    return MuonAdamW(groups)
 
 
 def schedule(optimizer, h, step, progress):
@@ -365,6 +361,7 @@ def schedule(optimizer, h, step, progress):
 def choose_compiler(device):
     """torch.compile where it works, else a function that changes nothing. Blocks share one compilation."""
     compiled = lambda function: torch.compile(function, dynamic=False)
+    torch._inductor.config.cpp.vec_isa_ok = True        # believe the processor's flags: proving them takes 12 s
     try:
         if device.type != "mps":
             compiled(lambda x: x * 2 + 1)(torch.ones(8, device=device))
@@ -402,7 +399,7 @@ def train(run, h):
     dtype, compiled = compute_dtype(run.device), choose_compiler(run.device)
     model = GPT(h, run.context, dtype, *choose_attention(run.device)).to(run.device)
     model.init_weights()
-    optimizer = make_optimizer(model, h, dtype, compiled)
+    optimizer = make_optimizer(model, h, dtype)
     for module in (*model.blocks, model.head):
         module.forward = compiled(module.forward)
     num_params = sum(p.numel() for p in model.parameters())
@@ -413,8 +410,6 @@ def train(run, h):
             model(*made_up(h.device_rows)).backward()
             optimizer.step()
             optimizer.zero_grad()
-        with torch.no_grad():
-            model(made_up(run.evaluation_rows)[0])
     peak = peak_flops(run.device, dtype)
 
     step, loss = 0, 0.0
@@ -429,6 +424,8 @@ def train(run, h):
             run.log(step, loss)
             step, loss = step + 1, 0.0
 
+    for module in (*model.blocks, model.head):
+        del module.forward                              # to compile for evaluation would take longer than it saves
     run.evaluate_bpb(model)
     mfu = model.flops_per_token(run.context) * run.tokens / run.training_seconds / peak
     run.report(num_steps=step, num_params=num_params, depth=h.depth, mfu_percent=100 * mfu)
