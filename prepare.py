@@ -56,6 +56,8 @@ SEED = setting("SEED", 42, int)                      # train.py draws from this 
 TIME_BUDGET = setting("TIME_BUDGET", 300, float)     # seconds of training
 COMPARABLE_BUDGET = 300                              # runs of another length are marked as such
 HARD_LIMIT = TIME_BUDGET + 300                       # seconds from start to finish, whatever happens
+if not TIME_BUDGET > 0:
+    sys.exit(f"AUTORESEARCH_TIME_BUDGET={TIME_BUDGET:g} leaves no time to train")
 OVERRUN = 0.02                                       # share of the budget that training may run over, plus a step
 
 BOS = "<|bos|>"                                      # starts every row and every document
@@ -1051,7 +1053,8 @@ class Run:
             "dataset": self.dataset.name,
             "vocab_size": self.vocab_size,
             "device": self.line["device"],
-            "seed": SEED}
+            "seed": SEED,
+            "startup_seconds": self.line["startup_seconds"]}
         if TIME_BUDGET != COMPARABLE_BUDGET:
             summary["time_budget"] = f"{TIME_BUDGET:g} (not comparable)"
         if self.line["prepare_changed"]:

@@ -378,39 +378,47 @@ PEAK_FLOPS = {          # dense bfloat16 products, by the makers' data sheets; a
 }
 
 
-def peak_flops(device, dtype):
-    """FLOP/s of the device: from the table, or the best of a few large products."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        if known := [peak for part, peak in PEAK_FLOPS.items() if part in name]:
-            return known[0]
-    a = torch.randn(2048, 2048, device=device, dtype=dtype)
-    best = math.inf
-    for _ in range(5):
+def measured_peak(device, dtype, size=2048):
+    """FLOP/s of the best of a few large products."""
+    a, best = torch.randn(size, size, device=device, dtype=dtype), math.inf
+    for _ in range(8):
         start = time.perf_counter()
-        (a @ a)[0, 0].item()
+        (a @ a)[0, 0].item()                            # item() waits for the device
         best = min(best, time.perf_counter() - start)
-    return 2 * 2048 ** 3 / best
+    return 2 * size ** 3 / best
+
+
+def peak_flops(device, dtype):
+    """FLOP/s of the device in products of that type: from the table, else measured."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    known = [peak for part, peak in PEAK_FLOPS.items() if part in name]
+    return known[0] if known else measured_peak(device, dtype)
 
 # ------------------------------------------------------------------------------------------------
 # Training
 
-def train(run, h):
-    dtype, compiled = compute_dtype(run.device), choose_compiler(run.device)
-    model = GPT(h, run.context, dtype, *choose_attention(run.device)).to(run.device)
+def build(h, context, device):
+    """The model, initialised, its blocks and head compiled for training, and its optimizer."""
+    dtype = compute_dtype(device)
+    model = GPT(h, context, dtype, *choose_attention(device)).to(device)
     model.init_weights()
-    optimizer = make_optimizer(model, h, dtype)
+    compiled = choose_compiler(device)
     for module in (*model.blocks, model.head):
         module.forward = compiled(module.forward)
+    return model, make_optimizer(model, h, dtype)
+
+
+def train(run, h):
+    model, optimizer = build(h, run.context, run.device)
     num_params = sum(p.numel() for p in model.parameters())
-    print(f"model: {num_params / 1e6:.1f}M parameters, products in {dtype}")
+    print(f"model: {num_params / 1e6:.1f}M parameters, products in {model.dtype}")
 
     with run.warmup(model, optimizer) as made_up:       # compiles everything, before the clock starts
         for _ in range(2):
             model(*made_up(h.device_rows)).backward()
             optimizer.step()
             optimizer.zero_grad()
-    peak = peak_flops(run.device, dtype)
+    peak = peak_flops(run.device, model.dtype)
 
     step, loss = 0, 0.0
     for micro, (x, y) in enumerate(run.batches(h.device_rows), 1):

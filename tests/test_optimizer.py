@@ -1,0 +1,111 @@
+"""AdamW against torch's, Muon against a singular value decomposition, and groups that cover every parameter once."""
+
+import pytest
+import torch
+
+import train
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adamw_is_torchs(decay):
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.ones(7, 5)) for _ in range(2))
+    numbers = dict(lr=0.03, betas=(0.8, 0.95), eps=1e-10)
+    a = train.MuonAdamW([dict(kind="adamw", params=[ours], decay=decay, **numbers)])
+    b = torch.optim.AdamW([theirs], weight_decay=decay, **numbers)
+    for _ in range(20):
+        ours.grad = theirs.grad = torch.randn(7, 5)
+        a.step()
+        b.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_sparse_adamw_updates_the_rows_looked_up_as_torch_would_and_no_others():
+    torch.manual_seed(0)
+    table = torch.nn.Embedding(10, 4, sparse=True)
+    before = table.weight.detach().clone()
+    alone = torch.nn.Parameter(before[[3, 7]])
+    a = train.MuonAdamW([dict(kind="adamw", params=[table.weight], lr=0.1, betas=(0.8, 0.95), eps=1e-10, decay=0.0)])
+    b = torch.optim.AdamW([alone], lr=0.1, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0)
+    for _ in range(5):
+        weight = torch.randn(3, 4)
+        (table(torch.tensor([7, 3, 7])) * weight).sum().backward()
+        alone.grad = torch.stack([weight[1], weight[0] + weight[2]])
+        a.step()
+        b.step()
+        a.zero_grad()
+    torch.testing.assert_close(table.weight[[3, 7]], alone)
+    others = [0, 1, 2, 4, 5, 6, 8, 9]
+    assert (table.weight[others] == before[others]).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 32), (3, 64, 16), (1, 16, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonalise_keeps_the_singular_vectors_and_evens_the_values(shape, dtype):
+    torch.manual_seed(0)
+    g = torch.randn(shape)
+    o = train.orthogonalise(g, dtype)
+    u, _, v = torch.linalg.svd(g, full_matrices=False)
+    values = torch.linalg.svdvals(o)
+    assert o.dtype == g.dtype and values.min() > 0.6 and values.max() < 1.3
+    likeness = (o * (u @ v)).sum((-2, -1)) / o.norm(dim=(-2, -1)) / (u @ v).norm(dim=(-2, -1))
+    assert likeness.min() > 0.97
+
+
+@pytest.mark.parametrize("rows,columns", [(12, 8), (8, 12)])
+def test_muon_step_by_the_book(rows, columns):
+    """One step of the formula, with the exact orthogonal factor of an SVD in the place of the iteration."""
+    torch.manual_seed(0)
+    p, g = torch.nn.Parameter(torch.randn(rows, columns)), torch.randn(rows, columns)
+    old, p.grad = p.detach().clone(), g.clone()
+    lr, momentum, beta2, decay = 0.1, 0.9, 0.95, 0.5
+    train.MuonAdamW([dict(kind="muon", params=[p], lr=lr, momentum=momentum, beta2=beta2, decay=decay,
+                          dtype=torch.float32)]).step()
+    m = (1 - momentum) * g
+    u, _, vh = torch.linalg.svd((1 - momentum) * g + momentum * m, full_matrices=False)
+    o = u @ vh
+    mean_square = (1 - beta2) * o.square().mean(dim=1 if rows >= columns else 0, keepdim=True)
+    normed = o / mean_square.sqrt()
+    o = normed * o.norm() / normed.norm() * max(1, rows / columns) ** 0.5
+    expected = old - lr * (o + decay * old * (o * old >= 0))
+    moved, wanted = p.detach() - old, expected - old
+    assert (moved * wanted).sum() / moved.norm() / wanted.norm() > 0.98
+    assert moved.norm() / wanted.norm() == pytest.approx(1, abs=0.12)
+
+
+def small_model(**changes):
+    h = train.hyperparameters("sotu")
+    h.vocab_size, h.depth, h.width, h.head_size = 64, 2, 64, 32
+    for name, value in changes.items():
+        setattr(h, name, value)
+    model = train.GPT(h, 32, torch.float32)
+    model.init_weights()
+    return model, h
+
+
+@pytest.mark.parametrize("changes", [{}, {"bigram_rows": 0}, {"values_every": 2, "depth": 3}])
+def test_every_parameter_is_in_exactly_one_group(changes):
+    model, h = small_model(**changes)
+    optimizer = train.make_optimizer(model, h, torch.float32)
+    grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped)) and set(grouped) == {id(p) for p in model.parameters()}
+    model.extra = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(AssertionError, match="no group"):
+        train.make_optimizer(model, h, torch.float32)
+
+
+def test_a_parameter_without_initialisation_is_named():
+    model, _ = small_model()
+    model.extra = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match="extra"):
+        model.init_weights()
+
+
+def test_schedule_ends_where_it_should():
+    model, h = small_model()
+    optimizer = train.make_optimizer(model, h, torch.float32)
+    h.warmdown, h.final_lr = 0.5, 0.1
+    for progress, share in ((0, 1), (0.5, 1), (0.75, 0.55), (1, 0.1)):
+        train.schedule(optimizer, h, 1000, progress)
+        assert all(group["lr"] == pytest.approx(share * group["peak_lr"]) for group in optimizer.param_groups)
+    assert [group["decay"] for group in optimizer.param_groups if group["kind"] == "muon"] == [0, 0, 0]

@@ -1,0 +1,171 @@
+"""prepare.py as a program: idempotent, resumable, and one clear sentence for each foreseeable mistake."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+import prepare
+from conftest import ROOT, program
+
+TEXTS = [f"Story number {i}: once upon a time there were {i} small words. They ended well." for i in range(400)]
+
+
+def own(path, cache, *more):
+    return program("prepare.py", "--source", path, "--vocab-size", 300, *more, AUTORESEARCH_CACHE_DIR=cache)
+
+
+def shards_of(cache):
+    choice = json.loads((cache / "dataset.json").read_text())
+    folder = cache / choice["name"] / "vocab-300"
+    tokenizer, manifest = prepare.load_tokenizer(folder), json.loads((folder / "manifest.json").read_text())
+    documents = {}
+    for name in choice["shards"]:
+        tokens, offsets = prepare.open_shard(folder, name, manifest[name])
+        documents[name] = [tokenizer.decode(tokens[a:b].tolist()) for a, b in zip(offsets, offsets[1:])]
+    return documents
+
+
+def test_the_second_time_does_nothing_and_says_so(cache):
+    before = {path: path.stat().st_mtime_ns for path in (cache / "sotu").rglob("*") if path.is_file()}
+    start = time.monotonic()
+    result = program("prepare.py")
+    seconds = time.monotonic() - start
+    imports = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import prepare"], cwd=ROOT, check=True)
+    imports = time.monotonic() - imports
+    assert result.returncode == 0 and "nothing to do" in result.stdout and "dataset: sotu" in result.stdout
+    assert seconds < imports + 2
+    assert before == {path: path.stat().st_mtime_ns for path in (cache / "sotu").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "txt", "folder"])
+def test_own_text_of_every_kind_comes_back_whole(kind, tmp_path):
+    source = tmp_path / f"mine.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), source)
+    elif kind == "jsonl":
+        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    elif kind == "txt":
+        source.write_text("\n\n".join(TEXTS))
+    else:
+        source.mkdir()
+        for i, text in enumerate(TEXTS):
+            (source / f"{i}.txt").write_text(text)
+    result = own(source, tmp_path / "cache")
+    assert result.returncode == 0, result.stdout
+    documents = shards_of(tmp_path / "cache")
+    assert sorted(sum(documents.values(), [])) == sorted(TEXTS)
+    assert len(documents["val"]) > 5 and len(documents["test"]) > 5
+    assert "nothing to do" in own(source, tmp_path / "cache").stdout
+
+
+def test_adding_files_moves_no_document_between_splits(tmp_path):
+    source = tmp_path / "mine"
+    source.mkdir()
+    (source / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:300]))
+    assert own(source, tmp_path / "cache").returncode == 0
+    before = shards_of(tmp_path / "cache")
+    (source / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[300:]))
+    assert own(source, tmp_path / "cache").returncode == 0
+    after = shards_of(tmp_path / "cache")
+    for split in before:
+        assert set(before[split]) < set(after[split])
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_result(tmp_path, cache):
+    environment = os.environ | {"AUTORESEARCH_CACHE_DIR": str(tmp_path)}
+    for seconds in (3, 4, 5, 6):
+        child = subprocess.Popen([sys.executable, "prepare.py", "--dataset", "sotu", "--vocab-size", "512"], cwd=ROOT,
+                                 env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(seconds)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    result = program("prepare.py", "--dataset", "sotu", "--vocab-size", 512, AUTORESEARCH_CACHE_DIR=tmp_path)
+    assert result.returncode == 0, result.stdout
+    for name in ("tokenizer.b64", "manifest.json", "val.npy", "train-00000.offsets.npy"):
+        assert (tmp_path / "sotu/vocab-512" / name).read_bytes() == (cache / "sotu/vocab-512" / name).read_bytes()
+
+
+def damage_source(kind, folder):
+    source = folder / "mine"
+    source.mkdir()
+    if kind == "binary":
+        (source / "a.txt").write_bytes(bytes(range(256)) * 10)
+    if kind == "zeros":
+        (source / "a.txt").write_bytes(b"text\0text")
+    if kind == "bad json":
+        (source / "a.jsonl").write_text('{"text": "fine"}\n{"words": 1}\n')
+    if kind == "bad parquet":
+        (source / "a.parquet").write_bytes(b"PAR1 this is none PAR1")
+    if kind == "no column":
+        pyarrow.parquet.write_table(pyarrow.table({"words": TEXTS}), source / "a.parquet")
+    if kind == "little":
+        (source / "a.txt").write_text("a single document")
+    return source if kind != "missing" else folder / "nowhere"
+
+
+@pytest.mark.parametrize("kind,words", [
+    ("empty", "no .parquet, .jsonl, .txt file"), ("missing", "no such file or folder"), ("binary", "a.txt is not UTF-8 text"),
+    ("zeros", "zero bytes"), ("bad json", "a.jsonl, line 2"), ("bad parquet", "a.parquet"), ("no column", "text"),
+    ("little", "too few")])
+def test_a_bad_source_is_named_in_a_sentence(kind, words, tmp_path):
+    result = own(damage_source(kind, tmp_path), tmp_path / "cache")
+    assert result.returncode == 1 and words in result.stdout and "Traceback" not in result.stdout, result.stdout
+
+
+@pytest.mark.parametrize("arguments,words", [
+    (["--dataset", "wikipedia"], "climbmix, tinystories, sotu"), (["--vocab-size", 100], "between 257"),
+    (["--dataset", "climbmix", "--num-shards", 0], "--num-shards 0"), (["--workers", 0], "--workers 0")])
+def test_a_bad_argument_is_named_in_a_sentence(arguments, words, tmp_path):
+    result = program("prepare.py", *arguments, AUTORESEARCH_CACHE_DIR=tmp_path)
+    assert result.returncode == 1 and words in result.stdout and "Traceback" not in result.stdout, result.stdout
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = program("prepare.py", AUTORESEARCH_CACHE_DIR=tmp_path / "file" / "cache")
+    assert result.returncode == 1 and "AUTORESEARCH_CACHE_DIR" in result.stdout and "Traceback" not in result.stdout
+
+
+def test_a_truncated_shard_is_made_anew(cache, tmp_path):
+    shutil.copytree(cache, tmp_path / "cache")
+    shard = tmp_path / "cache/sotu/vocab-512/val.npy"
+    shard.write_bytes(shard.read_bytes()[:1000])
+    result = program("train.py", AUTORESEARCH_CACHE_DIR=tmp_path / "cache")
+    assert result.returncode == 0 or "run: uv run prepare.py" in result.stdout
+    result = program("prepare.py", "--vocab-size", 512, AUTORESEARCH_CACHE_DIR=tmp_path / "cache")
+    assert result.returncode == 0 and "val: 283 documents" in result.stdout
+    assert shard.read_bytes() == (cache / "sotu/vocab-512/val.npy").read_bytes()
+
+
+def test_two_at_once_the_second_steps_back(tmp_path):
+    import fcntl
+    with open(tmp_path / "prepare.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = program("prepare.py", AUTORESEARCH_CACHE_DIR=tmp_path)
+    assert result.returncode == 1 and "another prepare.py" in result.stdout
+
+
+def test_passages_are_paragraphs_up_to_four_kilobytes():
+    paragraphs = ["word " * n for n in (300, 300, 300, 2000, 1, 1)]
+    passages = list(prepare.passages("\n\n".join(paragraphs)))
+    assert "\n\n".join(passages).split() == " ".join(paragraphs).split()
+    assert [len(passage.encode()) <= 4096 for passage in passages] == [True, True, False, True]
+
+
+def test_numbers_are_cut_in_at_most_two_digits(cache):
+    tokenizer = prepare.load_tokenizer(cache / "sotu" / "vocab-2048")
+    for token in range(tokenizer.n_vocab - 1):
+        text = tokenizer.decode_single_token_bytes(token)
+        assert sum(48 <= byte < 58 for byte in text) <= 2
+    assert tokenizer.decode(tokenizer.encode_ordinary("In 1862, é ☃ <|bos|>")) == "In 1862, é ☃ <|bos|>"
+    assert np.max(tokenizer.encode_ordinary("<|bos|>")) < tokenizer.n_vocab - 1
