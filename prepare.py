@@ -30,13 +30,13 @@ import time
 from bisect import bisect_left, insort
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import urlparse
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def fetch(url, path, bar=None):
         if bar is not None and length > 0:
             bar.total = (bar.total or 0) + length - start
         with open(part, "ab" if start else "wb") as file:
-            for block in reply.iter_content(1 << 20):
+            for block in reply.iter_content(1 << 16):
                 file.write(block)
                 if bar is not None:
                     bar.update(len(block))
@@ -467,21 +467,24 @@ def chosen_dataset():
 
 def choose(arguments):
     """The Dataset that the command line asks for, and why it is this one."""
+    prepared = chosen_dataset() if (CACHE / "dataset.json").exists() else None
     if arguments.source:
-        recipe = arguments.dataset or default_dataset()[0]
-        if recipe not in DATASETS:
-            sys.exit(f"--dataset {recipe} is not one of {', '.join(DATASETS)}")
-        is_url = "://" in arguments.source
-        url = arguments.source if is_url else str(Path(arguments.source).expanduser().absolute())
-        name = f"own-{Path(urlparse(url).path if is_url else url).stem}-{hashlib.sha256(url.encode()).hexdigest()[:6]}"
-        base = DATASETS[recipe]
-        return Dataset(name, base.context, base.vocab_size, recipe, url), f"--source, with the settings of {recipe}"
-    if (CACHE / "dataset.json").exists() and arguments.dataset in (None, chosen_dataset().name):
-        return chosen_dataset(), "--dataset" if arguments.dataset else "prepared before; --dataset chooses another"
-    name, why = (arguments.dataset, "--dataset") if arguments.dataset else default_dataset()
+        name, why = arguments.dataset or default_dataset()[0], "--source"
+    elif arguments.dataset:
+        name, why = arguments.dataset, "--dataset"
+    elif prepared:
+        return prepared, "prepared before; --dataset chooses another"
+    else:
+        name, why = default_dataset()
+        why += "; --dataset chooses another"
     if name not in DATASETS:
         sys.exit(f"--dataset {name} is not one of {', '.join(DATASETS)}; one's own text goes to --source")
-    return DATASETS[name], why if arguments.dataset else f"{why}; --dataset chooses another"
+    dataset = DATASETS[name]
+    if arguments.source:
+        url = arguments.source if "://" in arguments.source else str(Path(arguments.source).expanduser().absolute())
+        own = f"own-{Path(urlparse(url).path).stem}-{hashlib.sha256(url.encode()).hexdigest()[:6]}"
+        dataset, why = replace(dataset, name=own, url=url), f"--source, with the settings of {name}"
+    return prepared if prepared and prepared.name == dataset.name else dataset, why
 
 
 def state_of(url):
@@ -552,11 +555,11 @@ def main():
 # ------------------------------------------------------------------------------------------------
 # Packing: rows of exactly `capacity` tokens, each piece of a document behind a BOS, nothing thrown away
 
-def pack(documents, capacity, rng):
+def pack(documents, capacity, rng, pool_size=POOL):
     """
     Plan rows: lists of pieces (shard, start, count) whose tokens, with one BOS a piece, add up to `capacity`.
 
-    documents: an iterator of (count, shard, start). A random document of the pool starts a row, the longest
+    documents: an iterator of (count, shard, start). A random document of a pool starts a row, the longest
     that fits comes next (best fit), and where none fits the longest is cut; its tail goes back to the pool.
     Where a single place is left over, a BOS fills it. Ends when the documents do; what then does not fill
     a row is left.
@@ -565,7 +568,7 @@ def pack(documents, capacity, rng):
     while True:
         row, free, pick = [], capacity, None
         while free > 1:
-            while len(pool) < POOL and (document := next(documents, None)):
+            while len(pool) < pool_size and (document := next(documents, None)):
                 insort(pool, document)
             if not pool:
                 return
@@ -592,7 +595,8 @@ def shuffled_documents(offsets, seed):
 
 def training_rows(tokens, offsets, bos, capacity, seed):
     """Return fill(rows): writes the next packed rows into an int64 array of shape (rows, capacity)."""
-    plan = pack(shuffled_documents(offsets, seed), capacity, random.Random(seed))
+    pool_size = min(POOL, 1 + sum(map(len, offsets)) // 8)          # a small part of an epoch, so that epochs hardly mix
+    plan = pack(shuffled_documents(offsets, seed), capacity, random.Random(seed), pool_size)
 
     def fill(rows):
         rows[:, -1] = bos                               # stays where a single place is left over
@@ -650,6 +654,7 @@ class Exam:
         self.cut[self.changed] = secret.integers(1, self.counts[self.piece[self.changed]])
         self.donor = secret.integers(self.pieces, size=len(self.piece))
         self.batches = secret.permutation(len(self.piece)).reshape(-1, rows)
+        self.differs = False                                            # whether logits ever differ between places
         self.nll = np.zeros((len(self.piece), context), dtype=np.float32)       # nats, by view and place
         self.nll_of_shown = np.zeros(len(self.piece), dtype=np.float32)         # of the token put in at the cut
 
@@ -673,6 +678,7 @@ class Exam:
         ids[same, cut[same]] = (ids[same, cut[same]] + 1) % self.bos
         return ids, targets
 
+    @torch.no_grad()
     def take(self, views, model, device, vocab_size):
         """Show a batch of views and keep its losses. Raises SystemExit for logits that are none."""
         ids, targets = self.view(views)
@@ -684,12 +690,15 @@ class Exam:
             sys.exit(f"FAIL: the model must return logits, {wanted}; they have the shape {tuple(logits.shape)}")
         if not logits.isfinite().all():
             sys.exit("FAIL: the logits hold NaN or infinity")
-        if (logits[:, 1:] == logits[:, :1]).all():
-            sys.exit("FAIL: the logits are the same in every place: the model does not look at its input")
+        self.differs |= bool((logits[:, 1:] != logits[:, :1]).any())
         logits = logits.float()
-        losses = F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(targets).to(device).flatten(),
+        losses = cross_entropy(logits.flatten(0, 1), torch.from_numpy(targets).to(device).flatten(),
                                  ignore_index=-1, reduction="none")
         self.nll[views] = losses.view(ids.shape).cpu().numpy()
+        last = (targets[0] >= 0).sum() - 1                              # the same once more in numpy, at one place
+        z = logits[0, last].double().cpu().numpy()
+        if not abs(np.log(np.exp(z - z.max()).sum()) + z.max() - z[targets[0, last]] - self.nll[views[0], last]) < 1e-2:
+            sys.exit("FAIL: torch's cross entropy is not the one of the textbook")
         rows = np.flatnonzero(self.cut[views] < self.context)
         cut = self.cut[views[rows]]
         right, shown = (logits[rows, cut - 1, tokens[rows, place]].cpu().numpy()
@@ -698,6 +707,8 @@ class Exam:
 
     def check(self):
         """The probes: compare the views of each piece. Raises SystemExit naming what failed, where, by how much."""
+        if not self.differs:
+            sys.exit("FAIL: the logits are the same in every place: the model does not look at its input")
         moved = np.abs(self.nll - self.nll[self.piece]) * (np.arange(self.context) < self.cut[:, None])
         noise = moved[self.copies].max()
         if noise > 0.1:
@@ -738,9 +749,9 @@ def append_line(path, line):
 
 class Keeper:
     """
-    A forked process that keeps the journal line and outlives the run. The run sends the line again whenever
-    it changes; when the pipe closes, because the run said so or because it died, the last one is appended.
-    It also kills a run that is still there after the hard limit, when even faulthandler has not ended it.
+    A forked process that keeps the journal line and a clock of its own, and outlives the run. The run sends the line
+    again whenever it changes; when the pipe closes, because the run said so or because it died, the last one is
+    appended. It also kills a run that is still there after the hard limit, should faulthandler not have ended it.
     """
 
     def __init__(self, line, journal):
@@ -750,38 +761,62 @@ class Keeper:
         if self.pid:
             os.close(reader)
             return self.say(line)
+        status = 1
         try:
             os.setsid()                                 # Ctrl-C and the like are for the run, not for its keeper
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
             os.close(self.pipe)
-            self.keep(reader, run, journal)
+            status = self.keep(reader, run, journal, line["time_budget"])
         finally:
-            os._exit(0)
+            os._exit(status)
 
-    def keep(self, reader, run, journal):
-        start, heard = time.monotonic(), b""
+    def keep(self, reader, run, journal, budget):
+        """The life of the keeper. Returns its exit status: 0 if the line is in the journal and free of doubt."""
+        start, pending, line, phases = time.monotonic(), b"", {}, []
         while True:
             left = start + HARD_LIMIT + 5 - time.monotonic()
             if not select.select([reader], [], [], max(0, left))[0]:
                 os.kill(run, signal.SIGKILL)
             if not (said := os.read(reader, 1 << 16)):
                 break
-            heard += said
-        line = json.loads(heard.splitlines()[-1])
+            *whole, pending = (pending + said).split(b"\n")
+            for text in whole:
+                line = json.loads(text)
+                phases.append((line["phase"], time.monotonic()))
         if line["failure"] == UNFINISHED and time.monotonic() - start >= HARD_LIMIT:
             line["failure"] = f"still running after the hard limit of {HARD_LIMIT:.0f} s"
+        if line["failure"] is None:
+            line["failure"] = self.doubt(phases, budget, line["step_seconds"])
+        if line["failure"] is not None and "val_bpb" in line:
+            line["claimed_bpb"] = line.pop("val_bpb")
         append_line(journal, line)
+        return 0 if line["failure"] is None else 1
+
+    @staticmethod
+    def doubt(phases, budget, step_seconds):
+        """What is wrong with the phases (name, time) of a run that claims to have a number; None if nothing is."""
+        names, times = zip(*phases)
+        if names != ("start-up", "training", "evaluation", "done"):
+            return f"FAIL: the run went through {', '.join(names)}"
+        if times[2] - times[1] > budget + 2 * tolerance(budget, step_seconds):
+            return f"FAIL: training took {times[2] - times[1]:.1f} s by the keeper's clock, of {budget:g} s"
 
     def say(self, line):
         os.write(self.pipe, json.dumps(line).encode() + b"\n")
 
     def close(self):
-        """Return when the line is in the journal."""
+        """Return when the line is in the journal: True if the keeper has no doubt of it."""
         os.close(self.pipe)
-        os.waitpid(self.pid, 0)
+        return os.waitpid(self.pid, 0)[1] == 0
 
 
+def tolerance(budget, step_seconds):
+    """Seconds that training may run over: 2% of the budget (a short one: half a second) and one step."""
+    return max(OVERRUN * budget, 0.5) + min(step_seconds, 0.1 * budget)
+
+
+SEALED_READ = []        # validation or test files that were opened before the evaluation
 UNFINISHED = "killed or crashed before it ended"
 
 
@@ -803,8 +838,20 @@ def describe_run(dataset, vocab_size, device):
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "seed": SEED,
         "time_budget": TIME_BUDGET,
+        "phase": "start-up",
         "failure": UNFINISHED,
     }
+
+def parts():
+    """What this module is made of, by name: constants, functions, methods, and the clock that it reads."""
+    methods = {f"{kind.__name__}.{name}": value for kind in (Run, Exam, Keeper) for name, value in vars(kind).items()}
+    return globals() | methods | {"time.monotonic": time.monotonic}
+
+
+def changed_parts():
+    """Names of parts that somebody has replaced since this module was loaded."""
+    changed = [name for name, part in parts().items() if name != "ORIGINAL" and ORIGINAL.get(name) is not part]
+    return changed + ["time.monotonic"] * (type(time.monotonic) is not type(len))
 
 # ------------------------------------------------------------------------------------------------
 # A run: what train.py gets from the harness
@@ -838,6 +885,7 @@ class Run:
         random.seed(SEED)
         np.random.seed(SEED)
         torch.manual_seed(SEED)
+        self.keeper, self.phase, self.line = None, "start-up", {}
         self.first_batch = None                 # the clock: when the first batch was handed out, monotonic seconds
         self.handed = self.tokens = 0           # batches and tokens handed out
         self.progress = 0.0                     # share of the time budget that is over
@@ -847,6 +895,7 @@ class Run:
     # -- from start to end
 
     def __enter__(self):
+        sys.addaudithook(self.watch_files)
         faulthandler.dump_traceback_later(HARD_LIMIT, exit=True)
         self.line = describe_run(self.dataset, self.vocab_size, self.device)
         self.keeper = Keeper(self.line, CACHE / "journal.jsonl")
@@ -869,10 +918,18 @@ class Run:
         if sentence or error is not None:
             self.line["failure"] = (sentence or (str(error) if kind is SystemExit else f"{kind.__name__}: {error}")).strip()
             self.line["total_seconds"] = round(self.seconds(), 1)
-            self.keeper.say(self.line)
-            self.keeper.close()
+            if self.line["phase"] != "done":            # then report() has closed the journal
+                self.keeper.say(self.line)
+                self.keeper.close()
         if sentence:
             raise SystemExit(sentence) from None
+
+    def enter(self, phase):
+        """Tell the keeper, who takes the time of it."""
+        self.phase = phase
+        if self.keeper:
+            self.line["phase"] = phase
+            self.keeper.say(self.line)
 
     def seconds(self):
         """Seconds since the start."""
@@ -882,6 +939,15 @@ class Run:
         """Wait until the device has done all that it was given."""
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
+
+    def watch_files(self, event, arguments):
+        """An audit hook: notes when the validation or test text is opened before its time."""
+        if event == "open" and self.phase != "evaluation" and isinstance(arguments[0], (str, os.PathLike)):
+            path = Path(os.path.abspath(arguments[0]))
+            sealed = self.folder in path.parents and path.stem.split(".")[0] in ("val", "test")
+            sources = [CACHE / self.dataset.name / "download"] + [Path(self.dataset.url)] * (self.dataset.url[:1] == "/")
+            if sealed or any(source in (path, *path.parents) for source in sources) or path.parts[-3:-1] == ("data", "speeches"):
+                SEALED_READ.append(path)
 
     # -- training
 
@@ -919,6 +985,7 @@ class Run:
         batch = stage()
         self.synchronize()
         self.first_batch = time.monotonic()
+        self.enter("training")
         events = []
         while True:
             self.handed += 1
@@ -982,11 +1049,12 @@ class Run:
         """End training. Raises SystemExit where there was none, or where it took longer than it may."""
         if self.first_batch is None:
             sys.exit("FAIL: no training batch was taken before the evaluation")
-        if self.training_seconds is not None:
+        if self.training_seconds is not None or self.evaluation is not None:
             sys.exit("FAIL: evaluated twice; a run has one evaluation")
         self.synchronize()
         self.training_seconds = time.monotonic() - self.first_batch
-        allowed = TIME_BUDGET * (1 + OVERRUN) + min(self.training_seconds, TIME_BUDGET) / self.handed
+        self.enter("evaluation")
+        allowed = TIME_BUDGET + tolerance(TIME_BUDGET, self.training_seconds / self.handed)
         if self.training_seconds > allowed:
             sys.exit(f"FAIL: {self.training_seconds:.1f} s of training, where {allowed:.1f} s (budget, 2% and one step) are allowed")
 
@@ -996,7 +1064,9 @@ class Run:
         return max(1, 2 ** (22 if self.device.type == "cpu" else 28) // (self.context * self.vocab_size))
 
     def evaluation_text(self, split):
-        """Tokens and document offsets of a split. Raises SystemExit where they are not the prepared ones."""
+        """Tokens and document offsets of a split, in evaluation. Raises SystemExit where they are not the prepared ones."""
+        if self.phase != "evaluation":
+            sys.exit(f"FAIL: the text of {split} was asked for outside the evaluation")
         entry = self.manifest[split]
         tokens, offsets = open_shard(self.folder, split, entry)
         if file_sha256(self.folder / f"{split}.npy") != entry["sha256"] or self.bytes[tokens].sum() != entry["bytes"]:
@@ -1013,14 +1083,15 @@ class Run:
         journal alone. Raises SystemExit where a probe fails. rows: of a batch; they do not change the number.
         """
         self.stop_clock()
+        if SEALED_READ:
+            sys.exit(f"FAIL: {SEALED_READ[0]} was opened before the evaluation: its text is for measuring alone")
         if hasattr(model, "eval"):
             model.eval()
         exam = Exam([self.evaluation_text(split) for split in ("val", "test")], self.bos, self.context,
                     rows or self.evaluation_rows)
         before = weights_digest(model)
-        with torch.no_grad():
-            for views in exam.batches:
-                exam.take(views, model, self.device, self.vocab_size)
+        for views in exam.batches:
+            exam.take(views, model, self.device, self.vocab_size)
         exam.check()
         if weights_digest(model) != before:
             sys.exit("FAIL: the weights changed while they were evaluated: something still trains")
@@ -1032,14 +1103,18 @@ class Run:
         """Write the journal line, then print the summary. num_params: of the model; mfu_percent: in training."""
         if self.evaluation is None:
             sys.exit("FAIL: report without evaluate_bpb")
+        if changed := changed_parts():
+            sys.exit(f"FAIL: {', '.join(changed)} of prepare.py was replaced while it ran")
         val_bpb, test_bpb = self.evaluation
         self.line |= {
             "val_bpb": val_bpb, "test_bpb": test_bpb, "training_seconds": round(self.training_seconds, 1),
             "total_seconds": round(self.seconds(), 1), "startup_seconds": round(self.first_batch - self.started, 1),
             "num_steps": num_steps, "total_tokens": self.tokens, "peak_vram_mb": round(self.peak_memory() / 2**20, 1),
-            "mfu_percent": round(mfu_percent, 2), "num_params": num_params, "depth": depth, "failure": None}
+            "mfu_percent": round(mfu_percent, 2), "num_params": num_params, "depth": depth, "phase": "done",
+            "step_seconds": self.training_seconds / self.handed, "reseeded": torch.initial_seed() != SEED, "failure": None}
         self.keeper.say(self.line)
-        self.keeper.close()
+        if not self.keeper.close():
+            sys.exit(f"FAIL: the keeper of the journal doubts this run; see the last line of {CACHE / 'journal.jsonl'}")
         summary = {
             "val_bpb": f"{val_bpb:.6f}",
             "training_seconds": f"{self.training_seconds:.1f}",
@@ -1057,6 +1132,8 @@ class Run:
             "startup_seconds": self.line["startup_seconds"]}
         if TIME_BUDGET != COMPARABLE_BUDGET:
             summary["time_budget"] = f"{TIME_BUDGET:g} (not comparable)"
+        if self.line["reseeded"]:
+            summary["seed"] = f"{SEED}, but train.py has set another (not comparable)"
         if self.line["prepare_changed"]:
             summary["prepare.py"] = "differs from the commit (not comparable)"
         print("---")
@@ -1071,6 +1148,8 @@ class Run:
             return torch.mps.driver_allocated_memory()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
+
+ORIGINAL = parts()
 
 if __name__ == "__main__":
     main()

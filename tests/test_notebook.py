@@ -1,8 +1,9 @@
 """analysis.ipynb on good, empty, broken and cheating files: executed, its text read, its picture saved."""
 
 import json
-import os
 
+import matplotlib
+import matplotlib.pyplot
 import nbformat
 import pytest
 from nbclient import NotebookClient
@@ -13,17 +14,25 @@ HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 SHA = "a" * 64
 
 
-def execute(folder, rows=None, journal=None):
-    """Execute the notebook in `folder` on these files and return what it printed."""
-    if rows is not None:
-        (folder / "results.tsv").write_text(HEADER + "".join(row + "\n" for row in rows))
-    if journal is not None:
-        (folder / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in journal))
-    environment = {**os.environ, "AUTORESEARCH_CACHE_DIR": str(folder / "cache"), "RESULTS": str(folder / "results.tsv")}
-    notebook = nbformat.read(ROOT / "analysis.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}}).execute(env=environment)
-    assert (folder / "progress.png").stat().st_size > 5000
-    return "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+@pytest.fixture
+def execute(tmp_path, monkeypatch, capsys):
+    """Write the two files, run the notebook's cells on them, return what they print."""
+    def execute(rows=None, journal=None):
+        if rows is not None:
+            (tmp_path / "results.tsv").write_text(HEADER + "".join(row + "\n" for row in rows))
+        if journal is not None:
+            (tmp_path / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in journal))
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("AUTORESEARCH_CACHE_DIR", str(tmp_path / "cache"))
+        matplotlib.use("Agg")
+        names = {}
+        for cell in nbformat.read(ROOT / "analysis.ipynb", as_version=4).cells:
+            if cell.cell_type == "code":
+                exec(cell.source, names)
+        matplotlib.pyplot.close("all")
+        assert (tmp_path / "progress.png").stat().st_size > 5000
+        return capsys.readouterr().out
+    return execute
 
 
 def run_line(commit, val, test, **more):
@@ -40,34 +49,45 @@ JOURNAL = [run_line("aaaaaa1", 1.3, 1.28), run_line("aaaaaa1", 1.301, 1.281, see
            run_line("eeeeee5", 1.27, 1.263), run_line("ffffff6", None, None, failure="FAIL: causality")]
 
 
-def test_a_night(tmp_path):
-    text = execute(tmp_path, NIGHT, JOURNAL)
+CONTRADICTIONS = [
+    (dict(prepare_changed=True), "prepare.py differs"), (dict(prepare_sha256="b" * 64), "another prepare.py"),
+    (dict(time_budget=600), "time budget 600"), (dict(dirty=True), "not committed"), (dict(val_bpb=1.4), "the journal 1.400000")]
+
+
+def test_a_night(execute):
+    text = execute(NIGHT, JOURNAL)
     assert "8 experiments" in text and "baseline 1.300000 over 3 runs, standard deviation 0.001000" in text
     assert "#7 ffffff6" in text and "no number (FAIL: causality)" in text
     assert "twice the steps: held up" in text and "lucky: not on the sealed text" in text
 
 
-@pytest.mark.parametrize("change,words", [
-    (dict(prepare_changed=True), "prepare.py differs"), (dict(prepare_sha256="b" * 64), "another prepare.py"),
-    (dict(time_budget=600), "time budget 600"), (dict(dirty=True), "not committed"), (dict(val_bpb=1.4), "the journal 1.400000")])
-def test_a_row_that_the_journal_contradicts_is_named(change, words, tmp_path):
+@pytest.mark.parametrize("change,words", CONTRADICTIONS)
+def test_a_row_that_the_journal_contradicts_is_named(change, words, execute):
     journal = [dict(line) for line in JOURNAL]
     journal[3] |= change
-    text = execute(tmp_path, NIGHT, journal)
+    text = execute(NIGHT, journal)
     assert "#3 bbbbbb2" in text and words in text
 
 
 @pytest.mark.parametrize("rows,journal", [
     (None, None), ([], None), ([], []), (NIGHT[:1], JOURNAL[:1]), (["dddddd4\t0.000000\t0.0\tcrash\ta typo"] * 3, []), (NIGHT, None)])
-def test_little_or_nothing_to_read(rows, journal, tmp_path):
-    text = execute(tmp_path, rows, journal)
-    assert f"{len(rows or [])} experiments" in text
+def test_little_or_nothing_to_read(rows, journal, execute):
+    assert f"{len(rows or [])} experiments" in execute(rows, journal)
 
 
-def test_malformed_rows_and_lines_are_named_and_skipped(tmp_path):
+def test_malformed_rows_and_lines_are_named_and_skipped(execute, tmp_path):
     (tmp_path / "journal.jsonl").write_text(json.dumps(JOURNAL[0]) + '\n{"torn')
-    text = execute(tmp_path, [NIGHT[0], "bbbbbb2 1.28 spaces instead of tabs", "c\tx\t1\tkeep\td", "d\t1.2\t1\tmaybe\te", ""])
+    text = execute([NIGHT[0], "bbbbbb2 1.28 spaces instead of tabs", "c\tx\t1\tkeep\td", "d\t1.2\t1\tmaybe\te", ""])
     assert "1 experiments" in text
     for number in (3, 4, 5):
         assert f"results.tsv, line {number}, skipped" in text
     assert "journal.jsonl, line 2, skipped" in text
+
+
+def test_the_file_runs_in_a_real_kernel(tmp_path):
+    (tmp_path / "results.tsv").write_text(HEADER + "\n".join(NIGHT))
+    (tmp_path / "journal.jsonl").write_text("\n".join(map(json.dumps, JOURNAL)))
+    notebook = nbformat.read(ROOT / "analysis.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert (tmp_path / "progress.png").exists()

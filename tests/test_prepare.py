@@ -83,7 +83,7 @@ def test_adding_files_moves_no_document_between_splits(tmp_path):
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_result(tmp_path, cache):
     environment = os.environ | {"AUTORESEARCH_CACHE_DIR": str(tmp_path)}
-    for seconds in (3, 4, 5, 6):
+    for seconds in (3.5, 5):
         child = subprocess.Popen([sys.executable, "prepare.py", "--dataset", "sotu", "--vocab-size", "512"], cwd=ROOT,
                                  env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(seconds)
@@ -136,15 +136,17 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     assert result.returncode == 1 and "AUTORESEARCH_CACHE_DIR" in result.stdout and "Traceback" not in result.stdout
 
 
-def test_a_truncated_shard_is_made_anew(cache, tmp_path):
+def test_a_truncated_shard_is_named_and_made_anew(cache, tmp_path):
     shutil.copytree(cache, tmp_path / "cache")
-    shard = tmp_path / "cache/sotu/vocab-512/val.npy"
+    shard = tmp_path / "cache/sotu/vocab-2048/val.npy"
     shard.write_bytes(shard.read_bytes()[:1000])
     result = program("train.py", AUTORESEARCH_CACHE_DIR=tmp_path / "cache")
-    assert result.returncode == 0 or "run: uv run prepare.py" in result.stdout
-    result = program("prepare.py", "--vocab-size", 512, AUTORESEARCH_CACHE_DIR=tmp_path / "cache")
+    assert result.returncode == 1 and "val is missing or damaged" in result.stdout and "Traceback" not in result.stdout
+    command = "uv run prepare.py --dataset sotu --vocab-size 2048"
+    assert command in result.stdout
+    result = program(*command.split()[2:], AUTORESEARCH_CACHE_DIR=tmp_path / "cache")
     assert result.returncode == 0 and "val: 283 documents" in result.stdout
-    assert shard.read_bytes() == (cache / "sotu/vocab-512/val.npy").read_bytes()
+    assert shard.read_bytes() == (cache / "sotu/vocab-2048/val.npy").read_bytes()
 
 
 def test_two_at_once_the_second_steps_back(tmp_path):

