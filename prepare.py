@@ -23,6 +23,7 @@ import platform
 import random
 import resource
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -784,7 +785,7 @@ class Keeper:
             for text in whole:
                 line = json.loads(text)
                 phases.append((line["phase"], time.monotonic()))
-        if line["failure"] == UNFINISHED and time.monotonic() - start >= HARD_LIMIT:
+        if line["failure"] == UNFINISHED and time.monotonic() - start > HARD_LIMIT - 1:
             line["failure"] = f"still running after the hard limit of {HARD_LIMIT:.0f} s"
         if line["failure"] is None:
             line["failure"] = self.doubt(phases, budget, line["step_seconds"])
@@ -823,7 +824,7 @@ UNFINISHED = "killed or crashed before it ended"
 def describe_run(dataset, vocab_size, device):
     """The part of a journal line that is known when a run starts."""
     here = Path(__file__).parent
-    git = lambda *arguments: subprocess.run(["git", "-C", here, *arguments], capture_output=True).stdout
+    git = lambda *arguments: subprocess.run(["git", "-C", here, *arguments], capture_output=True).stdout if shutil.which("git") else b""
     committed = hashlib.sha256(git("show", "HEAD:./prepare.py")).hexdigest()
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

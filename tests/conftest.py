@@ -1,25 +1,18 @@
 """One small prepared cache for all tests, made from the embedded corpus; no GPU, no internet."""
 
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from children import ROOT, program
+
 CACHE = tempfile.TemporaryDirectory(prefix="autoresearch-tests-")
 os.environ |= {"AUTORESEARCH_CACHE_DIR": CACHE.name, "AUTORESEARCH_DEVICE": "cpu", "AUTORESEARCH_TIME_BUDGET": "10"}
-for name in ("AUTORESEARCH_SEED",):
-    os.environ.pop(name, None)
+os.environ.pop("AUTORESEARCH_SEED", None)
 sys.path.insert(0, str(ROOT))
-
-
-def program(*command, cwd=ROOT, **environment):
-    """Run one of the two programs as a child process; stdout and stderr come back as one text."""
-    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, text=True, stdout=subprocess.PIPE, timeout=300,
-                          stderr=subprocess.STDOUT, env=os.environ | {k: str(v) for k, v in environment.items()})
 
 
 @pytest.fixture(scope="session", autouse=True)

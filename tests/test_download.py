@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 import prepare
-from conftest import program
+from children import program
 
 
 class Server(http.server.ThreadingHTTPServer):

@@ -6,7 +6,6 @@ honest variant must pass.
 
 import json
 import os
-import random
 import re
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import prepare
-from conftest import ROOT
+from children import ROOT, forked
 
 LOOP = "    step, loss = 0, 0.0\n"
 EVALUATE = "    run.evaluate_bpb(model)\n"
@@ -31,7 +30,8 @@ MASK = ("    mask = torch.ones(q.size(2), q.size(2), dtype=torch.bool).{}\n"
 
 SMALL = [       # of every variant: a small model, uncompiled, so that a run takes seconds
     (RUN, "    h.vocab_size, h.depth, h.width, h.head_size, h.device_rows, h.bigram_rows = 400, 2, 64, 32, 4, 1000\n" + RUN),
-    ("    compiled = choose_compiler(device)\n", "    compiled = lambda function: function\n")]
+    ("    compiled = choose_compiler(device)\n", "    compiled = lambda function: function\n"),
+    ("    peak = peak_flops(run.device, model.dtype)\n", "    peak = 1e12\n")]
 
 CHEATS = {
     "attention that is not causal": (
@@ -50,14 +50,14 @@ CHEATS = {
         [(HEAD, HEAD.replace("return logits", "n = self.ids.roll(-1, 1)[..., None]; "
                              "return logits.scatter_add(2, n, 4.0 * (logits.softmax(-1).gather(2, n) > 0.05))")),
          (LOGITS, "        self.head.ids = ids\n" + LOGITS)], "FAIL: causality"),
-    "reading ahead from the thirtieth call on": (
+    "reading ahead from the third call on": (
         [(EVALUATE, """
     calls = []
     def late(ids):
         calls.append(1)
         logits = model(ids)
         n = ids.roll(-1, 1)[..., None]
-        return logits.scatter_add(2, n, torch.full_like(logits[..., :1], 5.0)) if len(calls) > 30 else logits
+        return logits.scatter_add(2, n, torch.full_like(logits[..., :1], 5.0)) if len(calls) > 2 else logits
     run.evaluate_bpb(late)
 """)], "FAIL:"),
     "a memory that repeats what it said of a prefix and else reads ahead": (
@@ -218,9 +218,7 @@ def launch(name, patches, folder, small_cache):
     shutil.copytree(small_cache, cache)
     shutil.copy(ROOT / "prepare.py", folder)
     (folder / "train.py").write_text(patched((ROOT / "train.py").read_text(), SMALL + patches))
-    environment = os.environ | {"AUTORESEARCH_CACHE_DIR": str(cache), "AUTORESEARCH_TIME_BUDGET": "2", "OMP_NUM_THREADS": "1"}
-    child = subprocess.run([sys.executable, "train.py"], cwd=folder, env=environment, text=True, timeout=120,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    child = forked(folder / "train.py", AUTORESEARCH_CACHE_DIR=cache, AUTORESEARCH_TIME_BUDGET=1, THREADS=1)
     journal = cache / "journal.jsonl"
     for _ in range(50):
         if journal.exists():
@@ -266,10 +264,9 @@ def test_cheat_by_a_changed_prepare_is_said(small_cache, tmp_path):
     git("init", "-q")
     git("add", "train.py", "prepare.py")
     git("commit", "-qm", "as it was")
-    environment = os.environ | {"AUTORESEARCH_CACHE_DIR": str(tmp_path / "cache"), "AUTORESEARCH_TIME_BUDGET": "1"}
 
     def run():
-        text = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE).stdout
+        text = forked(tmp_path / "train.py", AUTORESEARCH_CACHE_DIR=tmp_path / "cache", AUTORESEARCH_TIME_BUDGET=1).stdout
         return text, json.loads((tmp_path / "cache" / "journal.jsonl").read_text().splitlines()[-1])
 
     output, line = run()
@@ -289,4 +286,4 @@ def test_a_leak_of_one_place_is_seen_in_any_place():
     rng = np.random.default_rng(0)
     tokens, offsets = rng.integers(0, 500, 60_000).astype(np.uint16), np.arange(0, 60_001, 1000)
     cuts = np.concatenate([exam.cut[exam.changed] for exam in (prepare.Exam([(tokens, offsets)], 511, 256, 8) for _ in range(200))])
-    assert set(cuts) == set(range(1, 256)) and random.Random(0).random() < 1
+    assert set(cuts) == set(range(1, 256))

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from conftest import ROOT
+from children import ROOT
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 SHA = "a" * 64

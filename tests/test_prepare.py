@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 import prepare
-from conftest import ROOT, program
+from children import ROOT, program
 
 TEXTS = [f"Story number {i}: once upon a time there were {i} small words. They ended well." for i in range(400)]
 
@@ -37,7 +37,7 @@ def shards_of(cache):
 def test_the_second_time_does_nothing_and_says_so(cache):
     before = {path: path.stat().st_mtime_ns for path in (cache / "sotu").rglob("*") if path.is_file()}
     start = time.monotonic()
-    result = program("prepare.py")
+    result = subprocess.run([sys.executable, "prepare.py"], cwd=ROOT, text=True, stdout=subprocess.PIPE)
     seconds = time.monotonic() - start
     imports = time.monotonic()
     subprocess.run([sys.executable, "-c", "import prepare"], cwd=ROOT, check=True)

@@ -15,7 +15,7 @@ import torch
 
 import prepare
 import train
-from conftest import ROOT, program
+from children import ROOT, forked, program
 from test_optimizer import small_model
 
 TINY = """
@@ -45,8 +45,9 @@ def tiny(tmp_path, before="", step="time.sleep(0.01)", end="pass", **environment
         cache.mkdir()
         for name in ("sotu", "dataset.json"):
             (cache / name).symlink_to(os.path.join(os.environ["AUTORESEARCH_CACHE_DIR"], name))
-    environment = {"AUTORESEARCH_CACHE_DIR": cache, "AUTORESEARCH_TIME_BUDGET": 1, "PYTHONPATH": ROOT} | environment
-    result = program(tmp_path / "tiny.py", **environment)
+    shutil.copy(ROOT / "prepare.py", tmp_path)
+    environment = {"AUTORESEARCH_CACHE_DIR": cache, "AUTORESEARCH_TIME_BUDGET": 1} | environment
+    result = forked(tmp_path / "tiny.py", **environment)
     journal = cache / "journal.jsonl"
     lines = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
     return result, lines[-1] if lines else None
@@ -245,6 +246,12 @@ def test_journal_lines_of_many_writers_do_not_mix(tmp_path):
 def test_a_bad_environment_is_named_in_a_sentence(environment, words):
     result = program("train.py", **environment)
     assert result.returncode == 1 and words in result.stdout and "Traceback" not in result.stdout
+
+
+def test_without_a_compiler_or_git_it_runs_eagerly_and_says_so(cache, tmp_path):
+    result = program("train.py", AUTORESEARCH_TIME_BUDGET=3, PATH=tmp_path, CXX="none", TORCHINDUCTOR_CACHE_DIR=tmp_path)
+    assert result.returncode == 0 and "compile: eager (no C++ compiler)" in result.stdout, result.stdout
+    assert re.search(r"^val_bpb: +\d", result.stdout, re.M)
 
 
 def test_a_vocabulary_that_is_not_prepared_names_the_command(cache, tmp_path):
