@@ -88,6 +88,32 @@ class Step:
         return tokens, tokens * self.model.flops_per_token(self.context)
 
 
+def shares(step, seconds=60):
+    """Of the training time, the shares of the model and its optimizer, of waiting for batches, and of logging."""
+    prepare.TIME_BUDGET = seconds
+    run, spent, mark = prepare.Run(step.h.vocab_size), dict.fromkeys(("training", "loader", "logging"), 0.0), time.perf_counter()
+
+    def lap(name):
+        nonlocal mark
+        now = time.perf_counter()
+        spent[name] += now - mark
+        mark = now
+
+    for number, (x, y) in enumerate(run.batches(step.h.device_rows)):
+        if number == 0:
+            mark = time.perf_counter()              # what came before the first batch is start-up
+        lap("loader")
+        loss = step.model(x, y)
+        loss.backward()
+        train.schedule(step.optimizer, step.h, number, run.progress)
+        step.optimizer.step()
+        step.optimizer.zero_grad()
+        lap("training")
+        run.log(number, loss)
+        lap("logging")
+    return {name: each / sum(spent.values()) for name, each in spent.items()}
+
+
 def real_run(budget, **environment):
     """train.py as a child: its summary and the seconds to the clock's start, for training and for evaluation."""
     environment = os.environ | {"AUTORESEARCH_TIME_BUDGET": str(budget)} | environment
@@ -97,7 +123,7 @@ def real_run(budget, **environment):
     if "val_bpb" not in summary:
         sys.exit(f"train.py gave no number:\n{text}")
     startup = float(summary["startup_seconds"])
-    return startup, float(summary["total_seconds"]) - float(summary["training_seconds"]) - startup, summary
+    return startup, float(summary["total_seconds"]) - float(summary["training_seconds"]) - startup
 
 
 def grid(h, device, float32):
@@ -133,6 +159,7 @@ def main():
     print(f"  {tokens:,.0f} tokens/s, {flops / 1e9:,.0f} GFLOP/s: MFU {flops / float32:.0%} of the float32 peak, "
           f"{flops / compute:.0%} of the {dtype} peak")
 
+    split = shares(step)
     for context, mean in ((2048, 600), (256, 600)):
         speed = loader_tokens_per_second(context, mean)
         print(f"loader, context {context:<5}{speed / 1e6:.0f}M tokens/s on one core, {speed / tokens:,.0f} times what training takes")
@@ -140,15 +167,11 @@ def main():
     print(f"tokenizer            {tokenizer_bytes_per_second(folder) / 1e6:.1f} MB/s on one core")
 
     with tempfile.TemporaryDirectory() as compilations:
-        cold, _, _ = real_run(5, TORCHINDUCTOR_CACHE_DIR=compilations)
-    warm, evaluation, summary = real_run(60)
-    busy = float(summary["num_steps"]) * parts.sum() / float(summary["training_seconds"])
-    rows = h.device_rows * dataset.context
-    loading = rows / loader_tokens_per_second(dataset.context, 600) / parts.sum() * busy
+        cold, _ = real_run(5, TORCHINDUCTOR_CACHE_DIR=compilations)
+    warm, evaluation = real_run(5)
     print(f"start-up             {cold:.0f} s with a cold compile cache, {warm:.0f} s warm")
     print(f"evaluation           {evaluation:.0f} s, validation and sealed test together")
-    print(f"of 300 s             {300 * busy:.0f} s training, {300 * loading:.1f} s loader, "
-          f"{300 * (1 - busy - loading):.1f} s logging and anything else (the step's median against 60 s of a real run)")
+    print("of 300 s             " + ", ".join(f"{300 * share:.1f} s {name}" for name, share in split.items()))
     if arguments.grid:
         grid(h, device, float32)
 

@@ -11,9 +11,11 @@ time is over, computes val_bpb from the logits by itself, and writes down what h
 
 import argparse
 import base64
+import builtins
 import copy
 import fcntl
 import faulthandler
+import gc
 import hashlib
 import itertools
 import json
@@ -92,10 +94,23 @@ DATASETS = {dataset.name: dataset for dataset in (
 )}
 
 
+def unused_driver():
+    """The version of an NVIDIA driver that has a GPU here which torch does not see; empty where there is none."""
+    if torch.cuda.is_available() or not shutil.which("nvidia-smi"):
+        return ""
+    query = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], text=True, capture_output=True)
+    return query.stdout.split("\n")[0].strip() if query.returncode == 0 else ""
+
+
 def default_device():
     """The torch device to train on: AUTORESEARCH_DEVICE, or the best one present."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    wanted = setting("DEVICE", next(kind for kind, there in present.items() if there))
+    wanted = setting("DEVICE", None)
+    if wanted is None and (driver := unused_driver()):
+        sys.exit(f"there is an NVIDIA GPU here with driver {driver}, but torch {torch.__version__}, built for CUDA "
+                 f"{torch.version.cuda}, does not see it: most often the driver is too old. Update it, or train on the CPU: "
+                 "AUTORESEARCH_DEVICE=cpu")
+    wanted = wanted or next(kind for kind, there in present.items() if there)
     if not present.get(wanted):
         sys.exit(f"AUTORESEARCH_DEVICE={wanted} is not here; this machine has: "
                  + ", ".join(kind for kind, there in present.items() if there))
@@ -449,6 +464,13 @@ def open_shard(folder, name, entry):
     return tokens, offsets
 
 
+def whole_shard(folder, name, entry):
+    """open_shard(), after its tokens were checked against the sha256 in the manifest. Exits on a damaged one."""
+    if file_sha256(folder / f"{name}.npy") != entry["sha256"]:
+        sys.exit(f"FAIL: {folder / name}.npy is damaged; delete {folder} and run: uv run prepare.py")
+    return open_shard(folder, name, entry)
+
+
 def shard_is_whole(folder, name, manifest):
     try:
         return name in manifest and open_shard(folder, name, manifest[name]) is not None
@@ -631,6 +653,7 @@ class Exam:
     - changed views: a piece whose tokens from a cut on are another piece's. The losses before the cut must not
       change (causality), and the token put in at the cut must not be expected more than the right one: a model
       that remembers what it has seen could give the same answer twice, but not without having read ahead once.
+    And the pieces shown late must not cost less than those shown early: no learning from the text that is measured.
     """
 
     def __init__(self, texts, bos, context, rows):
@@ -645,16 +668,20 @@ class Exam:
 
         secret = np.random.default_rng()
         self.pieces = len(self.starts)
-        changed = min(256, max(16, self.pieces // 50))
-        copies = changed + -(self.pieces + 2 * changed) % rows          # whole batches: one shape, one compilation
+        rows = max(1, min(rows, self.pieces // 8))                      # a copy is to be in another batch than its piece
+        changed = min(512, max(32, self.pieces // 32))
+        copies = changed // 3 + 1
+        copies += -(self.pieces + changed + copies) % rows              # whole batches: one shape, one compilation
         self.piece = np.concatenate([np.arange(self.pieces), secret.integers(self.pieces, size=copies),
                                      secret.choice(np.flatnonzero(self.counts > 1), changed)])
         self.changed = np.arange(self.pieces + copies, len(self.piece))
         self.copies = np.arange(self.pieces, self.pieces + copies)
         self.cut = np.full(len(self.piece), context)                    # first changed place of the row
-        self.cut[self.changed] = secret.integers(1, self.counts[self.piece[self.changed]])
+        spread = (secret.permutation(changed) + secret.random(changed)) / changed       # cuts in every part of a row
+        self.cut[self.changed] = 1 + spread * (self.counts[self.piece[self.changed]] - 1)
         self.donor = secret.integers(self.pieces, size=len(self.piece))
         self.batches = secret.permutation(len(self.piece)).reshape(-1, rows)
+        self.turn = np.argsort(self.batches, axis=None)                 # when a view is shown
         self.differs = False                                            # whether logits ever differ between places
         self.nll = np.zeros((len(self.piece), context), dtype=np.float32)       # nats, by view and place
         self.nll_of_shown = np.zeros(len(self.piece), dtype=np.float32)         # of the token put in at the cut
@@ -683,58 +710,91 @@ class Exam:
     def take(self, views, model, device, vocab_size):
         """Show a batch of views and keep its losses. Raises SystemExit for logits that are none."""
         ids, targets = self.view(views)
-        logits = model(torch.from_numpy(ids).to(device))
+        logits = model(torch.tensor(ids, device=device))
         wanted = f"a float tensor of shape ({len(views)}, {self.context}, {vocab_size} or more)"
         if type(logits) is not torch.Tensor or not logits.is_floating_point():
             sys.exit(f"FAIL: the model must return logits, {wanted}; it returned {getattr(logits, 'dtype', type(logits))}")
         if logits.shape[:2] != ids.shape or logits.dim() != 3 or logits.shape[2] < vocab_size:
             sys.exit(f"FAIL: the model must return logits, {wanted}; they have the shape {tuple(logits.shape)}")
-        if not logits.isfinite().all():
+        if not logits[..., :vocab_size].isfinite().all():
             sys.exit("FAIL: the logits hold NaN or infinity")
         self.differs |= bool((logits[:, 1:] != logits[:, :1]).any())
         logits = logits.float()
+        changed = np.flatnonzero(self.cut[views] < self.context)
+        cut = self.cut[views[changed]]
+        right, shown = (logits[changed, cut - 1, tokens[changed, place]].cpu().numpy()
+                        for tokens, place in ((targets, cut - 1), (ids, cut)))
+        row, place = random.SystemRandom().choice(np.argwhere(targets >= 0))
+        z = logits[row, place].cpu().double().numpy()
         losses = cross_entropy(logits.flatten(0, 1), torch.from_numpy(targets).to(device).flatten(),
                                ignore_index=-1, reduction="none")
         self.nll[views] = losses.view(ids.shape).cpu().numpy()
-        last = (targets[0] >= 0).sum() - 1                              # the same once more in numpy, at one place
-        z = logits[0, last].double().cpu().numpy()
-        if not abs(np.log(np.exp(z - z.max()).sum()) + z.max() - z[targets[0, last]] - self.nll[views[0], last]) < 1e-2:
+        self.nll_of_shown[views[changed]] = self.nll[views[changed], cut - 1] + right - shown
+        loss = np.log(np.exp(z - z.max()).sum()) + z.max() - z[targets[row, place]]     # the same in numpy, at one place
+        if not abs(loss - self.nll[views[row], place]) < 1e-2:
             sys.exit("FAIL: torch's cross entropy is not the one of the textbook")
-        rows = np.flatnonzero(self.cut[views] < self.context)
-        cut = self.cut[views[rows]]
-        right, shown = (logits[rows, cut - 1, tokens[rows, place]].cpu().numpy()
-                        for tokens, place in ((targets, cut - 1), (ids, cut)))
-        self.nll_of_shown[views[rows]] = self.nll[views[rows], cut - 1] + right - shown
 
     def check(self):
         """The probes: compare the views of each piece. Raises SystemExit naming what failed, where, by how much."""
         if not self.differs:
             sys.exit("FAIL: the logits are the same in every place: the model does not look at its input")
-        moved = np.abs(self.nll - self.nll[self.piece]) * (np.arange(self.context) < self.cut[:, None])
-        noise = moved[self.copies].max()
-        if noise > 0.1:
-            sys.exit(f"FAIL: independence: the loss of a token moved by {noise:.3g} nats when its row was shown again "
-                     "beside other rows, at another time: something passes between rows or from batch to batch")
-        leak = moved[self.changed].max()
-        if leak > max(2e-3, 4 * noise):
-            view, place = np.unravel_index(moved[self.changed].argmax(), (len(self.changed), self.context))
+        scored = np.arange(self.context) < np.minimum(self.counts[self.piece], self.cut)[:, None]
+        moved = np.where(scored, self.nll - self.nll[self.piece], 0)
+        noise = math.sqrt((moved[self.copies] ** 2).sum() / scored[self.copies].sum())      # of the device, in nats
+        self.check_independence(np.abs(moved[self.copies]).max(), noise)
+        self.check_causality(moved[self.changed], np.abs(moved[self.copies]).max(), noise)
+        self.check_memory()
+
+    def check_independence(self, most, noise):
+        """The losses of a row must not depend on the other rows of its batch, nor on what was shown before."""
+        if most > 1 or noise > 0.01:
+            sys.exit(f"FAIL: independence: the loss of a token moved by up to {most:.3g} nats when its row was shown again "
+                     "beside other rows, at another time: something passes between rows or from batch to batch (or dropout is on)")
+        each = self.nll[:self.pieces].sum(axis=1) / self.counts
+        late = self.turn[:self.pieces] > self.batches.size // 2
+        gain = each[~late].mean() - each[late].mean()
+        if len(each) > 32 and gain > 5 * each.std() * math.sqrt(1 / late.sum() + 1 / (~late).sum()):
+            sys.exit(f"FAIL: independence: pieces shown late cost {gain:.3g} nats a token less than those shown early: "
+                     "the model learns from the text that it is measured on")
+
+    def check_causality(self, moved, most, noise):
+        """The losses before a cut must not depend on the tokens after it. moved: by how much they did, (changed, context)."""
+        leak = np.abs(moved).max()
+        if leak > max(2e-3, 4 * most):
+            view, place = np.unravel_index(np.abs(moved).argmax(), moved.shape)
             sys.exit(f"FAIL: causality: the loss at place {place} of a row moved by {leak:.3g} nats when only places from "
-                     f"{self.cut[self.changed[view]]} on were changed (device noise {noise:.1g}): the model reads ahead")
-        right = self.nll[self.changed, self.cut[self.changed] - 1]
-        surprise = self.nll_of_shown[self.changed] - right              # above 0 on average, or about 0 without training
-        if surprise.mean() < -1 - 4 * surprise.std() / math.sqrt(len(surprise)):
+                     f"{self.cut[self.changed[view]]} on were changed (device noise {most:.1g}): the model reads ahead")
+        # A leak may hide in noise made for it, but not in the mean: just before the cut, all losses rise.
+        for distance in range(1, min(8, self.context)):
+            rows = np.flatnonzero(self.cut[self.changed] >= distance)
+            leak = moved[rows, self.cut[self.changed[rows]] - distance].mean() if len(rows) else 0
+            if leak > 1e-4 + 5 * noise / math.sqrt(max(1, len(rows))):
+                sys.exit(f"FAIL: causality: the loss {distance} before a changed token rose by {leak:.3g} nats on average: "
+                         "the model reads ahead")
+
+    def check_memory(self):
+        """A model that repeats what it said of a prefix moves no loss, but it has read ahead when it was first shown it."""
+        surprise = self.nll_of_shown[self.changed] - self.nll[self.changed, self.cut[self.changed] - 1]
+        error = surprise.std() / math.sqrt(len(surprise))
+        if surprise.mean() < -1 - 4 * error:                            # else above 0, or about 0 without training
             sys.exit(f"FAIL: causality: tokens put in at random were expected, by {-surprise.mean():.2f} nats more than "
                      "the right ones: the model reads ahead")
+        first = self.turn[self.changed] < self.turn[self.piece[self.changed]]
+        if 4 <= first.sum() <= len(first) - 4:
+            late, early = surprise[~first], surprise[first]
+            gap = late.mean() - early.mean()
+            if gap > 1 + 4 * math.sqrt(late.var() / len(late) + early.var() / len(early)):
+                sys.exit(f"FAIL: causality: of two texts with one beginning, the one shown first was expected by {gap / 2:.2f} "
+                         "nats more: the model reads ahead, and remembers")
 
     def nats(self):
         """The sum of nats of each split."""
         return np.bincount(self.split, self.nll[:self.pieces].sum(axis=1, dtype=np.float64))
 
 
-def weights_digest(model):
-    """Sums over the parameters and buffers, where the model has any: they tell whether one changed."""
-    tensors = [*model.parameters(), *model.buffers()] if isinstance(model, torch.nn.Module) else []
-    return [float(tensor.detach().double().sum()) for tensor in tensors]
+def weights_digest(parameters):
+    """Sums over the parameters: they tell whether one changed."""
+    return [float(p.detach().cpu().double().sum()) for p in parameters]
 
 # ------------------------------------------------------------------------------------------------
 # The journal: one line a run, whichever way it ends
@@ -775,7 +835,7 @@ class Keeper:
 
     def keep(self, reader, run, journal, budget):
         """The life of the keeper. Returns its exit status: 0 if the line is in the journal and free of doubt."""
-        start, pending, line, phases = time.monotonic(), b"", {}, []
+        start, pending, lines, times = time.monotonic(), b"", [], []
         while True:
             left = start + HARD_LIMIT + 5 - time.monotonic()
             if not select.select([reader], [], [], max(0, left))[0]:
@@ -783,26 +843,38 @@ class Keeper:
             if not (said := os.read(reader, 1 << 16)):
                 break
             *whole, pending = (pending + said).split(b"\n")
-            for text in whole:
-                line = json.loads(text)
-                phases.append((line["phase"], time.monotonic()))
+            lines += map(json.loads, whole)
+            times += [time.monotonic()] * len(whole)
+            if lines and lines[-1]["phase"] == "done":  # a child of the run may still hold the pipe
+                break
+        line = lines[-1]
         if line["failure"] == UNFINISHED and time.monotonic() - start > HARD_LIMIT - 1:
             line["failure"] = f"still running after the hard limit of {HARD_LIMIT:.0f} s"
         if line["failure"] is None:
-            line["failure"] = self.doubt(phases, budget, line["step_seconds"])
+            line["failure"] = self.doubt(lines, times, budget)
         if line["failure"] is not None and "val_bpb" in line:
             line["claimed_bpb"] = line.pop("val_bpb")
         append_line(journal, line)
         return 0 if line["failure"] is None else 1
 
     @staticmethod
-    def doubt(phases, budget, step_seconds):
-        """What is wrong with the phases (name, time) of a run that claims to have a number; None if nothing is."""
-        names, times = zip(*phases)
-        if names != ("start-up", "training", "evaluation", "done"):
-            return f"FAIL: the run went through {', '.join(names)}"
-        if times[2] - times[1] > budget + 2 * tolerance(budget, step_seconds):
-            return f"FAIL: training took {times[2] - times[1]:.1f} s by the keeper's clock, of {budget:g} s"
+    def doubt(lines, times, budget):
+        """What is wrong with the lines, and the times they came at, of a run that claims a number; None if nothing is."""
+        start = {}
+        for line, second in zip(lines, times):
+            start.setdefault(line["phase"], second)
+            if line["tampering"]:
+                return f"FAIL: {line['tampering']}"
+        if list(start) != ["start-up", "training", "evaluation", "evaluated", "done"]:
+            return f"FAIL: the run went through {', '.join(start)}"
+        evaluated, last = (next(line for line in lines if line["phase"] == phase) for phase in ("evaluated", "done"))
+        changed = [key for key, value in lines[0].items() if key not in ("phase", "failure") and last.get(key) != value]
+        changed += [key for key in ("val_bpb", "test_bpb") if last[key] != evaluated.get(key)]
+        if changed:
+            return f"FAIL: {', '.join(changed)} changed while the run went on"
+        seconds = start["evaluation"] - start["training"]
+        if seconds > budget + tolerance(budget, last["step_seconds"]) + 1:
+            return f"FAIL: training took {seconds:.1f} s by the keeper's clock, of {budget:g} s"
 
     def say(self, line):
         os.write(self.pipe, json.dumps(line).encode() + b"\n")
@@ -818,11 +890,10 @@ def tolerance(budget, step_seconds):
     return max(OVERRUN * budget, 0.5) + min(step_seconds, 0.1 * budget)
 
 
-SEALED_READ = []        # validation or test files that were opened before the evaluation
 UNFINISHED = "killed or crashed before it ended"
 
 
-def describe_run(dataset, vocab_size, device):
+def describe_run(dataset, vocab_size, device, val_sha256):
     """The part of a journal line that is known when a run starts."""
     here = Path(__file__).parent
     git = lambda *arguments: (subprocess.run(["git", "-C", here, *arguments], capture_output=True).stdout
@@ -837,24 +908,39 @@ def describe_run(dataset, vocab_size, device):
         "prepare_changed": committed != Path(__file__).read_bytes() if committed else None,
         "dataset": dataset.name,
         "vocab_size": vocab_size,
+        "context": dataset.context,
+        "val_sha256": val_sha256,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "seed": SEED,
         "time_budget": TIME_BUDGET,
         "phase": "start-up",
+        "tampering": "",
         "failure": UNFINISHED,
     }
 
+
 def parts():
-    """What this module is made of, by name: constants, functions, methods, and the clock that it reads."""
-    methods = {f"{kind.__name__}.{name}": value for kind in (Run, Exam, Keeper) for name, value in vars(kind).items()}
-    return globals() | methods | {"time.monotonic": time.monotonic}
+    """What this module is made of and rests on, by name: its constants, functions and methods, and those that it calls."""
+    owners = (Run, Exam, Keeper, builtins, json, math, np, np.random, os, random, time, torch.Tensor)
+    called = {f"{owner.__name__}.{name}": part for owner in owners for name, part in vars(owner).items() if callable(part)}
+    return {f"prepare.{name}": part for name, part in globals().items()} | called
 
 
-def changed_parts():
-    """Names of parts that somebody has replaced since this module was loaded."""
-    changed = [name for name, part in parts().items() if name != "ORIGINAL" and ORIGINAL.get(name) is not part]
-    return changed + ["time.monotonic"] * (type(time.monotonic) is not type(len))
+def refuse_changed_parts(run):
+    """Raise SystemExit where somebody has replaced a part since this module was loaded, in general or in the run."""
+    now = parts()
+    names = {name for name, part in ORIGINAL.items() if now.get(name) is not part and not name.startswith("prepare.__")}
+    names |= {name for name in now if name.startswith("prepare.") and name not in ORIGINAL and "__" not in name} - {"prepare.ORIGINAL"}
+    names |= {f"Run.{name}" for name in vars(Run).keys() & vars(run).keys()}
+    if names:
+        sys.exit(f"FAIL: {', '.join(sorted(names))} was replaced while prepare.py ran")
+
+
+def out_of_memory(error):
+    """Whether the exception says that a device or the machine has no memory left."""
+    kinds, words = (torch.OutOfMemoryError, MemoryError), ("out of memory", "can't allocate memory")
+    return isinstance(error, kinds) or any(word in str(error) for word in words)
 
 # ------------------------------------------------------------------------------------------------
 # A run: what train.py gets from the harness
@@ -885,10 +971,8 @@ class Run:
             sys.exit(f"{self.dataset.name} is not prepared with a vocabulary of {vocab_size} ({missing[0]} is missing or "
                      f"damaged in {self.folder}); run: uv run prepare.py --dataset {source} --vocab-size {vocab_size}")
         self.bytes = token_bytes(load_tokenizer(self.folder))
-        random.seed(SEED)
-        np.random.seed(SEED)
-        torch.manual_seed(SEED)
         self.keeper, self.phase, self.line = None, "start-up", {}
+        self.reading = False                    # whether the harness itself is opening shards
         self.first_batch = None                 # the clock: when the first batch was handed out, monotonic seconds
         self.handed = self.tokens = 0           # batches and tokens handed out
         self.progress = 0.0                     # share of the time budget that is over
@@ -898,10 +982,13 @@ class Run:
     # -- from start to end
 
     def __enter__(self):
-        sys.addaudithook(self.watch_files)
+        random.seed(SEED)
+        np.random.seed(SEED)
+        torch.manual_seed(SEED)
         faulthandler.dump_traceback_later(HARD_LIMIT, exit=True)
-        self.line = describe_run(self.dataset, self.vocab_size, self.device)
+        self.line = describe_run(self.dataset, self.vocab_size, self.device, self.manifest["val"]["sha256"])
         self.keeper = Keeper(self.line, CACHE / "journal.jsonl")
+        sys.addaudithook(self.watch)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(f"stopped by SIGTERM after {self.seconds():.0f} s: no result"))
         print(f"dataset: {self.dataset.name}, vocabulary {self.vocab_size:,}, context {self.context}, seed {SEED}")
         print(f"device: {self.line['device']}, torch {torch.__version__}")
@@ -916,7 +1003,7 @@ class Run:
             sentence = "FAIL: the run ended without evaluate_bpb and report"
         elif kind is KeyboardInterrupt:
             sentence = f"\nstopped by Ctrl-C after {self.seconds():.0f} s: no result"
-        elif kind in (torch.OutOfMemoryError, MemoryError) or "can't allocate memory" in str(error):
+        elif kind is not SystemExit and out_of_memory(error):
             sentence = f"out of memory ({' '.join(str(error).split())[:160]}): lower device_rows in train.py"
         if sentence or error is not None:
             self.line["failure"] = (sentence or (str(error) if kind is SystemExit else f"{kind.__name__}: {error}")).strip()
@@ -943,14 +1030,44 @@ class Run:
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
 
-    def watch_files(self, event, arguments):
-        """An audit hook: notes when the validation or test text is opened before its time."""
-        if event == "open" and self.phase != "evaluation" and isinstance(arguments[0], (str, os.PathLike)):
-            path = Path(os.path.abspath(arguments[0]))
-            sealed = self.folder in path.parents and path.stem.split(".")[0] in ("val", "test")
-            sources = [CACHE / self.dataset.name / "download"] + [Path(self.dataset.url)] * (self.dataset.url[:1] == "/")
-            if sealed or any(source in (path, *path.parents) for source in sources) or path.parts[-3:-1] == ("data", "speeches"):
-                SEALED_READ.append(path)
+    def watch(self, event, arguments):
+        """An audit hook: tells the keeper when train.py does what only the harness may."""
+        if self.reading:
+            return
+        self.reading = True                         # what this method does itself is no news
+        doing = ""
+        if event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
+            doing = self.forbidden(Path(os.path.realpath(os.fsdecode(arguments[0]))))
+        elif event == "import" and arguments[0] == "pyarrow.parquet":
+            doing = "pyarrow.parquet was imported, which reads text unseen"
+        elif self.phase == "evaluation" and self.peeks(event, arguments, sys._getframe(1)):
+            doing = f"train.py looked into the evaluation ({event})"
+        if doing and not self.line["tampering"]:
+            self.line["tampering"] = doing
+            self.keeper.say(self.line)
+        self.reading = False
+
+    def forbidden(self, path):
+        """Why this file must not be opened now; empty if it may."""
+        name, training = self.dataset.name, self.phase == "training" and path.name.startswith("train")
+        own = [Path(self.dataset.url)] * (self.dataset.url[:1] == "/")
+        sources = [Path(os.path.realpath(source)) for source in [CACHE / name / "download", *own]]
+        if path.suffix == ".npy" and Path(os.path.realpath(CACHE)) in path.parents and not training:
+            return f"{path} was opened {'before the clock started' if self.phase == 'start-up' else 'by train.py'}"
+        if any(source in (path, *path.parents) for source in sources) or path.parts[-3:-1] == ("data", "speeches"):
+            return f"{path}, the source of the text, was opened by train.py"
+        return ""
+
+    @staticmethod
+    def peeks(event, arguments, frame):
+        """Whether this event, set off by code in `frame`, is a look into the harness while it evaluates."""
+        file, harness = Path(frame.f_code.co_filename).name, Path(__file__).name
+        author = Path(sys.argv[0]).name
+        if event == "sys._getframe":
+            found = Path(arguments[0].f_code.co_filename).name
+            return found == harness or (found == author and file in (author, "inspect.py"))
+        return file == author and (event in ("gc.get_objects", "gc.get_referrers")
+                                   or event == "object.__getattr__" and arguments[1] == "tb_frame")
 
     # -- training
 
@@ -969,10 +1086,12 @@ class Run:
             tokens = generator.integers(self.bos, size=(2, rows, self.context))
             return torch.from_numpy(tokens).to(self.device).unbind()
 
-        with torch.random.fork_rng(devices):
-            yield made_up
-        for thing, state in zip(things, states):
-            thing.load_state_dict(state)
+        try:
+            with torch.random.fork_rng(devices):
+                yield made_up
+        finally:
+            for thing, state in zip(things, states):
+                thing.load_state_dict(state)
 
     def batches(self, rows):
         """
@@ -981,8 +1100,10 @@ class Run:
         """
         if self.first_batch is not None:
             sys.exit("FAIL: a second batch iterator; there is one clock and one iterator a run")
-        shards = [open_shard(self.folder, name, self.manifest[name])
+        self.reading = True
+        shards = [whole_shard(self.folder, name, self.manifest[name])
                   for name in self.dataset.shards if name.startswith("train")]
+        self.reading = False
         fill = training_rows(*zip(*shards), self.bos, self.context + 1, SEED)
         stage = self.stager(fill, rows)
         batch = stage()
@@ -1004,7 +1125,8 @@ class Run:
                 self.synchronize()
             elapsed = time.monotonic() - self.first_batch
             self.progress = min(1.0, elapsed / TIME_BUDGET)
-            if elapsed + elapsed / self.handed / 2 >= TIME_BUDGET:      # half a step early is as near as half a step late
+            queued = 0.5 + len(events)                  # half a step early is as near as half a step late
+            if elapsed + queued * elapsed / self.handed >= TIME_BUDGET:
                 return
 
     def stager(self, fill, rows):
@@ -1066,16 +1188,6 @@ class Run:
         """Rows a batch in evaluation: as many as give 16 MiB of float32 logits on a CPU (its cache), 1 GiB on a GPU."""
         return max(1, 2 ** (22 if self.device.type == "cpu" else 28) // (self.context * self.vocab_size))
 
-    def evaluation_text(self, split):
-        """Tokens and document offsets of a split, in evaluation. Raises SystemExit where they are not the prepared ones."""
-        if self.phase != "evaluation":
-            sys.exit(f"FAIL: the text of {split} was asked for outside the evaluation")
-        entry = self.manifest[split]
-        tokens, offsets = open_shard(self.folder, split, entry)
-        if file_sha256(self.folder / f"{split}.npy") != entry["sha256"] or self.bytes[tokens].sum() != entry["bytes"]:
-            sys.exit(f"FAIL: {self.folder / split}.npy is damaged; delete {self.folder} and run: uv run prepare.py")
-        return tokens, offsets
-
     def evaluate_bpb(self, model, rows=None):
         """
         Bits per byte of the validation text, every byte counted once; lower is better.
@@ -1085,36 +1197,46 @@ class Run:
         a BOS. bpb = sum of nats / (ln 2 x bytes). The sealed test text is evaluated in the same batches, for the
         journal alone. Raises SystemExit where a probe fails. rows: of a batch; they do not change the number.
         """
-        self.stop_clock()
-        if SEALED_READ:
-            sys.exit(f"FAIL: {SEALED_READ[0]} was opened before the evaluation: its text is for measuring alone")
         if hasattr(model, "eval"):
             model.eval()
-        exam = Exam([self.evaluation_text(split) for split in ("val", "test")], self.bos, self.context,
-                    rows or self.evaluation_rows)
-        before = weights_digest(model)
+        self.stop_clock()
+        refuse_changed_parts(self)
+        self.reading = True
+        now = Run(self.vocab_size)                  # what train.py may have written over is read again
+        entries = [now.manifest[split] for split in ("val", "test")]
+        texts = [whole_shard(now.folder, split, entry) for split, entry in zip(("val", "test"), entries)]
+        parameters = [thing for thing in gc.get_objects() if type(thing) is torch.nn.Parameter]
+        self.reading = False
+        for (tokens, _), entry in zip(texts, entries):
+            if now.bytes[tokens].sum() != entry["bytes"]:
+                sys.exit(f"FAIL: the bytes of the tokens in {now.folder} do not add up to those of the text")
+        exam = Exam(texts, now.bos, now.context, rows or now.evaluation_rows)
+        before = weights_digest(parameters)
         for views in exam.batches:
-            exam.take(views, model, self.device, self.vocab_size)
+            exam.take(views, model, now.device, now.vocab_size)
+        refuse_changed_parts(self)
         exam.check()
-        if weights_digest(model) != before:
+        if weights_digest(parameters) != before:
             sys.exit("FAIL: the weights changed while they were evaluated: something still trains")
-        self.evaluation = [nats / math.log(2) / self.manifest[split]["bytes"]
-                           for nats, split in zip(exam.nats(), ("val", "test"))]
+        if self.line.get("tampering"):
+            sys.exit(f"FAIL: {self.line['tampering']}")
+        self.evaluation = [nats / math.log(2) / entry["bytes"] for nats, entry in zip(exam.nats(), entries)]
+        self.line |= zip(("val_bpb", "test_bpb"), self.evaluation)
+        self.enter("evaluated")
         return self.evaluation[0]
 
     def report(self, num_steps, num_params, depth, mfu_percent):
         """Write the journal line, then print the summary. num_params: of the model; mfu_percent: in training."""
         if self.evaluation is None:
             sys.exit("FAIL: report without evaluate_bpb")
-        if changed := changed_parts():
-            sys.exit(f"FAIL: {', '.join(changed)} of prepare.py was replaced while it ran")
+        refuse_changed_parts(self)
         val_bpb, test_bpb = self.evaluation
         self.line |= {
             "val_bpb": val_bpb, "test_bpb": test_bpb, "training_seconds": round(self.training_seconds, 1),
             "total_seconds": round(self.seconds(), 1), "startup_seconds": round(self.first_batch - self.started, 1),
             "num_steps": num_steps, "total_tokens": self.tokens, "peak_vram_mb": round(self.peak_memory() / 2**20, 1),
             "mfu_percent": round(mfu_percent, 2), "num_params": num_params, "depth": depth, "phase": "done",
-            "step_seconds": self.training_seconds / self.handed, "reseeded": torch.initial_seed() != SEED, "failure": None}
+            "step_seconds": self.training_seconds / self.handed, "reseeded": self.reseeded(), "failure": None}
         self.keeper.say(self.line)
         if not self.keeper.close():
             sys.exit(f"FAIL: the keeper of the journal doubts this run; see the last line of {CACHE / 'journal.jsonl'}")
@@ -1142,6 +1264,11 @@ class Run:
         print("---")
         for key, value in summary.items():
             print(f"{key + ':':<18}{value}")
+
+    def reseeded(self):
+        """Whether a generator of torch was given another seed than the harness's."""
+        seeds = [torch.initial_seed()] + ([torch.cuda.initial_seed()] if self.device.type == "cuda" else [])
+        return any(seed != SEED for seed in seeds)
 
     def peak_memory(self):
         """Bytes: the device's peak on CUDA, what its driver holds on MPS, the process's peak on a CPU."""

@@ -7,6 +7,7 @@ Everything in this file may be changed. What comes from prepare.py (the batches 
 metric, the seed) may not: it makes the numbers of different versions of this file comparable.
 """
 
+import ctypes
 import math
 import shutil
 import time
@@ -15,20 +16,22 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.adamw import adamw
 
 import prepare
 
 # ------------------------------------------------------------------------------------------------
 # Hyperparameters: a column for each dataset; change the one that you run on.
-# climbmix and tinystories start from runs published by others; they have not been run here.
+# climbmix and tinystories start from runs published by others, on an H100 and on small GPUs and Macs; they have not been
+# run here. sotu was measured on two CPU cores: dev/log.md.
 
 RECIPES = "climbmix", "tinystories", "sotu"
 HYPERPARAMETERS = {
     #                    climbmix  tinystories    sotu
     "vocab_size":       (    8192,        4096,    4096),   # a tokenizer that prepare.py has made
-    "depth":            (       9,           6,       3),   # blocks
-    "width":            (     512,         384,     128),   # of the residual stream
-    "head_size":        (     128,         128,      64),   # of an attention head
+    "depth":            (       9,           4,       3),   # blocks
+    "width":            (     512,         256,     128),   # of the residual stream
+    "head_size":        (     128,          64,      64),   # of an attention head
     "windows":          ( "SSSSL",         "L",     "L"),   # pattern of short and long layers; the last is long
     "short_window":     (     256,         128,      64),   # tokens that a short layer sees, its own included
     "rotary_base":      (     2e5,         1e4,     1e4),   # wavelengths from 2 pi to 2 pi x this, in tokens
@@ -36,15 +39,19 @@ HYPERPARAMETERS = {
     "softcap":          (      15,          15,      15),   # logits stay below this
     "values_every":     (       2,           2,       1),   # value embeddings on every nth block, the last included
     "bigram_rows":      (       0,           0,   65536),   # of the hashed bigram table; 0 for none
-    "device_rows":      (     128,          64,      16),   # rows that go through the model at once
+    "embed_dropout":    (     0.0,         0.0,     0.1),   # share of tokens whose embedding is left out in training
+    "values_dropout":   (     0.0,         0.0,     0.2),   # likewise of the value embeddings
+    "bigram_dropout":   (     0.0,         0.0,     0.3),   # likewise of the bigram embedding
+    "device_rows":      (     128,          32,      16),   # rows at once; halved, and accumulate doubled, to fit the memory
     "accumulate":       (       1,           1,       1),   # such micro-batches to an optimizer step
-    "embedding_lr":     (     0.8,         0.8,    0.15),   # AdamW, token and value embeddings; x (width / 768)^-0.5
-    "bigram_lr":        (     0.8,         0.8,     0.3),   # AdamW, bigram table; likewise
+    "embedding_lr":     (     0.9,         0.6,    0.15),   # AdamW, token and value embeddings; x (width / 768)^-0.5
+    "embedding_decay":  (   0.003,       0.003,     0.0),   # weight decay of the same
+    "bigram_lr":        (     0.0,         0.0,     0.3),   # AdamW, bigram table; x (width / 768)^-0.5
     "head_lr":          (   0.005,       0.005,   0.008),   # AdamW, head; likewise
     "scalar_lr":        (     0.1,         0.1,     0.1),   # AdamW, gates and residual weights
     "matrix_lr":        (    0.04,        0.04,    0.03),   # Muon, every matrix in the blocks
     "matrix_decay":     (     0.2,         0.2,     0.1),   # of the matrices, cautious, falling to 0 over the run
-    "warmdown":         (    0.75,        0.75,     0.6),   # last share of the time, in which rates fall linearly
+    "warmdown":         (    0.75,         0.6,     0.6),   # last share of the time, in which rates fall linearly
     "final_lr":         (    0.05,        0.05,    0.05),   # share of the rate that is left at the end
     "momentum_steps":   (     200,         200,     200),   # in which Muon's momentum rises from 0.85 to 0.95
 }
@@ -56,13 +63,31 @@ def hyperparameters(recipe):
     return SimpleNamespace(**{name: values[column] for name, values in HYPERPARAMETERS.items()})
 
 # ------------------------------------------------------------------------------------------------
-# Precision: bfloat16 products where the hardware has them; elsewhere they are 50 times slower, not faster
+# Precision: bfloat16 products where the hardware is faster with them; elsewhere they can be 50 times slower
+
+def measured_peak(device, dtype, size=2048):
+    """FLOP/s of the best of a few large products."""
+    a, best = torch.randn(size, size, device=device, dtype=dtype), math.inf
+    for _ in range(8):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()                            # item() waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size ** 3 / best
+
+
+def keep_memory():
+    """Where the C library is glibc: keep freed memory. By default it returns large blocks, and each step pays for their pages anew."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: None)
+    mallopt(-1, 2 ** 31 - 1)                                # M_TRIM_THRESHOLD
+    mallopt(-3, 2 ** 25)                                    # M_MMAP_THRESHOLD, the highest that every glibc takes
+
 
 def compute_dtype(device):
+    """bfloat16 on CUDA from Ampere on, and on a CPU that gains by it: some with the instructions are still slower."""
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        fast = device.type == "cpu" and any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16")))
+        fast = device.type == "cpu" and measured_peak(device, torch.bfloat16, 512) > 1.2 * measured_peak(device, torch.float32, 512)
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -85,37 +110,43 @@ def sdpa(q, k, v, window):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
+def reach(q, window):
+    """The window as the flash kernels take it: places to the left, -1 for all, and none to the right."""
+    return (window - 1 if window < q.size(1) else -1), 0
+
+
 def varlen(q, k, v, window):
     """FlashAttention-2 as torch carries it, from Ampere on; rows are sequences of one length."""
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention.varlen import varlen_attn       # not above: its import takes seconds
     B, T = q.shape[:2]
     ends = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
-    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-    return varlen_attn(q, k, v, ends, ends, T, T, window_size=(window - 1, 0)).unflatten(0, (B, T))
+    y = varlen_attn(*(t.flatten(0, 1) for t in (q, k, v)), ends, ends, T, T, window_size=reach(q, window))
+    return y.unflatten(0, (B, T))
 
 
 def flash3():
-    """FlashAttention-3 for Hopper, from the hub."""
-    from kernels import get_kernel
-    flash_attn_func = get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
-    return lambda q, k, v, window: flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0))
+    """FlashAttention-3 for Hopper, from the hub: this version, and only from publishers that the hub trusts."""
+    import kernels
+    flash_attn_func = kernels.get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
+    return lambda q, k, v, window: flash_attn_func(q, k, v, causal=True, window_size=reach(q, window))
 
 
 def choose_attention(device):
     """The fastest attention that works here, and whether its cost falls with the window."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    kernels = [("FlashAttention-3", flash3)] if capability == (9, 0) else []
-    kernels += [("varlen_attn", lambda: varlen)] if capability >= (8, 0) else []
-    for name, load in kernels:
+    candidates = [("FlashAttention-3", flash3)] if capability == (9, 0) else []
+    candidates += [("varlen_attn", lambda: varlen)] if capability >= (8, 0) else []
+    for name, load in candidates:
         try:
             attend = load()
             q = torch.randn(1, 128, 1, 128, device=device, dtype=torch.bfloat16, requires_grad=True)
             attend(q, q, q, 64).sum().backward()        # some load and then fail at the first call
-            print(f"attention: {name}")
+            print(f"attention: {name}, sliding windows")
             return attend, True
         except Exception as error:                      # no network, no build for this card, a kernel that fails ...
-            print(f"attention: no {name} here ({type(error).__name__}: {str(error).splitlines()[0][:100]})")
-    print("attention: scaled_dot_product_attention, every layer over the whole context")
+            print(f"attention: no {name} here ({type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0][:100]})")
+    why = f"CUDA capability {capability[0]}.{capability[1]}" if device.type == "cuda" else f"on {device.type}"
+    print(f"attention: scaled_dot_product_attention ({why}), every layer over the whole context")
     return sdpa, False
 
 # ------------------------------------------------------------------------------------------------
@@ -136,12 +167,23 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
 
 
+def drop(x, share):
+    """
+    x (B, T, width) without a share of its tokens, the rest scaled up. Look-up tables learn by heart a text that they see
+    several times; this keeps them from it at the cost of a look-up (after word dropout, arXiv 1512.05287).
+    """
+    if not share:
+        return x
+    return x * ((torch.rand(*x.shape[:2], 1, device=x.device) >= share) / (1 - share)).to(x.dtype)
+
+
 class Attention(nn.Module):
-    def __init__(self, h, attend, window):
+    def __init__(self, h, attend, window, gated):
         super().__init__()
         self.attend, self.window, self.head_size, self.scale = attend, window, h.head_size, h.qk_scale
         self.q, self.k, self.v, self.out = (Linear(h.width, h.width) for _ in range(4))
-        self.gate = Linear(32, h.width // h.head_size)      # how much each head takes of the value embedding
+        if gated:
+            self.gate = Linear(32, h.width // h.head_size)  # how much each head takes of the value embedding
 
     def forward(self, x, values, cos, sin):
         q, k, v = (linear(x).unflatten(-1, (-1, self.head_size)) for linear in (self.q, self.k, self.v))
@@ -161,9 +203,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, h, attend, window):
+    def __init__(self, h, attend, window, gated):
         super().__init__()
-        self.attention, self.mlp = Attention(h, attend, window), MLP(h)
+        self.attention, self.mlp = Attention(h, attend, window, gated), MLP(h)
         self.mix = nn.Parameter(torch.empty(3))             # weights of the stream, of x0 and of the bigram embedding
 
     def forward(self, x, x0, bigram, values, cos, sin):
@@ -175,24 +217,70 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 
+def root_of(z, cap):
+    """Logits z x root have the shape of cap x tanh(z / cap), and the slope root^3; on a CPU tanh takes longer."""
+    return torch.rsqrt(1 + (z * (1 / cap)).square())
+
+
+def chunk_loss(x, weight, targets, cap):
+    """The summed cross entropy of a chunk, x (N, width), targets (N,), and its gradients by x and by the weight."""
+    z = F.linear(x, weight).float()
+    root = root_of(z, cap)
+    e = (z * root - cap).exp()                              # no logit is above the cap: no need to look for the maximum
+    total, scored = e.sum(-1, keepdim=True), (targets >= 0).float()[:, None]
+    right = z.gather(-1, targets.clamp(min=0)[:, None])
+    loss = (scored * (total.log() + cap - right * root_of(right, cap))).sum()
+    p = e * (scored / total)
+    hit = torch.arange(weight.size(0), dtype=torch.int32, device=x.device) == targets.int()[:, None]
+    dz = (torch.where(hit, p - 1, p) * root ** 3).to(x.dtype)
+    return loss, dz @ weight, (dz.T @ x).float()
+
+
+CHUNK_LOGITS = {"cpu": 2 ** 22, "mps": 2 ** 24, "cuda": 2 ** 27}       # at once, 4 bytes each: on a CPU they fit its cache
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """The mean loss of the head. The logits never exist as a whole: gradients are taken in the forward pass, by chunks."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, cap, chunk_loss):
+        number = 2 ** max(0, math.ceil(math.log2(x.size(0) * weight.size(0) / CHUNK_LOGITS[x.device.type])))
+        total, dx, dw, products = 0, [], torch.zeros_like(weight), weight.to(x.dtype)
+        for x_chunk, targets_chunk in zip(x.chunk(number), targets.chunk(number)):
+            loss, gradient, dw_chunk = chunk_loss(x_chunk, products, targets_chunk, cap)
+            total, dw = total + loss, dw.add_(dw_chunk)
+            dx.append(gradient)
+        scored = (targets >= 0).sum()
+        ctx.save_for_backward(torch.cat(dx), dw, scored)
+        return total / scored
+
+    @staticmethod
+    def backward(ctx, gradient):
+        dx, dw, scored = ctx.saved_tensors
+        return dx * (gradient / scored), dw * (gradient / scored), None, None, None
+
+
 class Head(nn.Module):
     def __init__(self, h):
         super().__init__()
+        assert h.softcap <= 40, "exp(-2 x softcap) would be zero in float32"
         self.cap, self.weight = h.softcap, nn.Parameter(torch.empty(h.vocab_size, h.width))
+        self.chunk_loss = chunk_loss                        # build() compiles it
 
     def forward(self, x, targets=None):
         """Logits (B, T, vocabulary), or the mean loss over the targets (B, T) that are not -1."""
-        z = F.linear(norm(x), self.weight.to(x.dtype)).float()
-        logits = z * torch.rsqrt(1 + (z / self.cap).square())       # the shape of cap x tanh(z / cap), cheaper on a CPU
+        x = norm(x)
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+            z = F.linear(x, self.weight.to(x.dtype)).float()
+            return z * root_of(z, self.cap)
+        return ChunkedLoss.apply(x.flatten(0, 1), self.weight, targets.flatten(), self.cap, self.chunk_loss)
 
 
 class GPT(nn.Module):
     def __init__(self, h, context, dtype, attend=sdpa, skips=False):
         super().__init__()
         self.dtype, self.bigram_rows = dtype, h.bigram_rows
+        self.dropout = h.embed_dropout, h.values_dropout, h.bigram_dropout
         pattern = h.windows if skips else "L"
         windows = [h.short_window if pattern[i % len(pattern)] == "S" and i < h.depth - 1 else context
                    for i in range(h.depth)]
@@ -200,8 +288,8 @@ class GPT(nn.Module):
         self.values = nn.ModuleDict({str(i): nn.Embedding(h.vocab_size, h.width)
                                      for i in range(h.depth) if (h.depth - 1 - i) % h.values_every == 0})
         self.bigram = nn.Embedding(h.bigram_rows, h.width, sparse=True) if h.bigram_rows else None
-        self.blocks = nn.ModuleList(Block(h, attend, window) for window in windows)
-        self.head = Head(h)
+        self.blocks = nn.ModuleList(Block(h, attend, window, str(i) in self.values) for i, window in enumerate(windows))
+        self.head, self.block = Head(h), Block.forward      # build() compiles it
         for name, table in zip(("cos", "sin"), rotary_tables(context, h.head_size, h.rotary_base)):
             self.register_buffer(name, table.to(dtype), persistent=False)
 
@@ -219,13 +307,16 @@ class GPT(nn.Module):
 
     def forward(self, ids, targets=None):
         """Logits (B, T, vocabulary) for token ids (B, T), or the mean loss over the targets (B, T) that are not -1."""
-        x0 = norm(self.embed(ids).to(self.dtype))
+        embed_dropout, values_dropout, bigram_dropout = self.dropout if self.training else (0, 0, 0)
+        x0 = drop(norm(self.embed(ids).to(self.dtype)), embed_dropout)
         x = x0.clone()          # were it the same tensor, the first block would be compiled apart from the others
-        bigram = self.bigram(self.bigram_row(ids)).to(self.dtype) if self.bigram is not None else None
+        bigram = None
+        if self.bigram is not None:
+            bigram = drop(self.bigram(self.bigram_row(ids)).to(self.dtype), bigram_dropout)
         cos, sin = self.cos[:ids.size(1)], self.sin[:ids.size(1)]
         for i, block in enumerate(self.blocks):
-            values = self.values[str(i)](ids) if str(i) in self.values else None
-            x = block(x, x0, bigram, values, cos, sin)
+            values = drop(self.values[str(i)](ids), values_dropout) if str(i) in self.values else None
+            x = self.block(block, x, x0, bigram, values, cos, sin)
         return self.head(x, targets)
 
     def bigram_row(self, ids):
@@ -280,12 +371,13 @@ def long_side(p):
     return -1 if p.size(-2) >= p.size(-1) else -2
 
 
-def adamw_update(p, g, m, v, step, lr, beta1, beta2, eps, decay):
-    """One step of AdamW (arXiv 1711.05101) on p: gradient g, running means m of it and v of its square; step from 1."""
-    p.mul_(1 - lr * decay)
-    m.lerp_(g, 1 - beta1)
-    v.lerp_(g.square(), 1 - beta2)
-    p.addcdiv_(m, (v / (1 - beta2 ** step)).sqrt_().add_(eps), value=-lr / (1 - beta1 ** step))
+def adamw_update(p, g, m, v, step, lr, betas, eps, decay):
+    """
+    One step of AdamW (arXiv 1711.05101) on p, in torch's fused version: gradient g, running means m of it and v of
+    its square, and the number of steps before, a tensor ().
+    """
+    adamw([p], [g], [m], [v], [], [step], fused=True, lr=lr, beta1=betas[0], beta2=betas[1], eps=eps,
+          weight_decay=decay, amsgrad=False, maximize=False)
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -313,30 +405,31 @@ class MuonAdamW(torch.optim.Optimizer):
         for p in params:
             state = self.state[p]
             if not state:
-                state |= {"step": 0, "m": torch.zeros_like(p), "v": torch.zeros_like(p)}
-            state["step"] += 1
-            tables, g, rows = (p, state["m"], state["v"]), p.grad, ...
+                state |= {"m": torch.zeros_like(p), "v": torch.zeros_like(p), "step": torch.zeros((), device=p.device)}
+            tables, g = (p, state["m"], state["v"]), p.grad
             if g.is_sparse:                                 # only the rows that the batch looked up
                 g = g.coalesce()
-                g, rows = g.values(), g.indices()[0]
-            q, m, v = (table[rows] for table in tables)
-            adamw_update(q, g, m, v, state["step"], lr, *betas, eps, decay)
-            if p.grad.is_sparse:
+                rows = g.indices()[0]
+                q, m, v = (table[rows] for table in tables)
+                adamw_update(q, g.values(), m, v, state["step"], lr, betas, eps, decay)
                 for table, new in zip(tables, (q, m, v)):
                     table[rows] = new
+            else:
+                adamw_update(p, g, *tables[1:], state["step"], lr, betas, eps, decay)
 
 
 def make_optimizer(model, h, dtype):
     """A MuonAdamW whose groups cover every parameter exactly once."""
     scale = (h.width / 768) ** -0.5
-    adamw = dict(kind="adamw", betas=(0.8, 0.95), eps=1e-10, decay=0.0)
+    common = dict(kind="adamw", betas=(0.8, 0.95), eps=1e-10, decay=0.0)
     blocks = list(model.blocks.named_parameters())
     scalars = [p for name, p in blocks if name.endswith(("mix", "gate.weight"))]
-    groups = [adamw | dict(params=[model.embed.weight, *model.values.parameters()], lr=scale * h.embedding_lr),
-              adamw | dict(params=[model.head.weight], lr=scale * h.head_lr),
-              adamw | dict(params=scalars, lr=h.scalar_lr)]
+    groups = [common | dict(params=[model.embed.weight, *model.values.parameters()], lr=scale * h.embedding_lr,
+                             decay=h.embedding_decay),
+              common | dict(params=[model.head.weight], lr=scale * h.head_lr),
+              common | dict(params=scalars, lr=h.scalar_lr)]
     if model.bigram is not None:
-        groups.append(adamw | dict(params=[model.bigram.weight], lr=scale * h.bigram_lr))
+        groups.append(common | dict(params=[model.bigram.weight], lr=scale * h.bigram_lr))
     matrices = [p for name, p in blocks if not name.endswith(("mix", "gate.weight"))]
     for shape in sorted({p.shape for p in matrices}):
         groups.append(dict(kind="muon", params=[p for p in matrices if p.shape == shape], lr=h.matrix_lr,
@@ -362,6 +455,7 @@ def choose_compiler(device):
     """torch.compile where it works, else a function that changes nothing. Blocks share one compilation."""
     compiled = lambda function: torch.compile(function, dynamic=False)
     torch._inductor.config.cpp.vec_isa_ok = True        # believe the processor's flags: proving them takes 12 s
+    torch._inductor.config.deterministic = True         # choose no kernel by timing it: two runs use the same ones
     try:
         if device.type != "mps":
             compiled(lambda x: x * 2 + 1)(torch.ones(8, device=device))
@@ -373,38 +467,89 @@ def choose_compiler(device):
     return lambda function: function
 
 
-PEAK_FLOPS = {          # dense bfloat16 products, by the makers' data sheets; a part of the device's name
-    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
+PEAK_FLOPS = {          # dense bfloat16 products added in float32, by NVIDIA's data sheets; parts of the device's name
+    "B200": 2250e12, "H200": 989e12, "H100": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "A100": 312e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "GB10": 125e12, "RTX PRO 6000": 503e12, "RTX 6000 Ada": 364e12,
+    "RTX A6000": 155e12, "RTX 3060": 25.5e12, "RTX 3060 Ti": 32.4e12, "RTX 3070": 40.6e12, "RTX 3070 Ti": 43.5e12,
+    "RTX 3080": 59.5e12, "RTX 3080 Ti": 68.2e12, "RTX 3090": 71e12, "RTX 3090 Ti": 80e12, "RTX 4060": 30.2e12,
+    "RTX 4060 Ti": 44.1e12, "RTX 4070": 58.3e12, "RTX 4070 SUPER": 71e12, "RTX 4070 Ti": 80.2e12,
+    "RTX 4070 Ti SUPER": 88.2e12, "RTX 4080": 97.5e12, "RTX 4080 SUPER": 104.4e12, "RTX 4090": 165.2e12,
+    "RTX 5060": 38.4e12, "RTX 5060 Ti": 47.4e12, "RTX 5070": 61.7e12, "RTX 5070 Ti": 87.9e12, "RTX 5080": 112.6e12,
+    "RTX 5090": 209.5e12,
 }
 
 
-def measured_peak(device, dtype, size=2048):
-    """FLOP/s of the best of a few large products."""
-    a, best = torch.randn(size, size, device=device, dtype=dtype), math.inf
-    for _ in range(8):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()                            # item() waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * size ** 3 / best
-
-
 def peak_flops(device, dtype):
-    """FLOP/s of the device in products of that type: from the table, else measured."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    known = [peak for part, peak in PEAK_FLOPS.items() if part in name]
-    return known[0] if known else measured_peak(device, dtype)
+    """FLOP/s of the device in products of that type: from the table, else (a laptop's GPU, a CPU) measured."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" and dtype == torch.bfloat16 else ""
+    known = [part for part in PEAK_FLOPS if part in name and "Laptop" not in name]
+    return PEAK_FLOPS[max(known, key=len)] if known else measured_peak(device, dtype)
+
+# ------------------------------------------------------------------------------------------------
+# Memory: as many rows at once as fit; the batch of an optimizer step stays the same
+
+def bytes_needed(h, context, dtype):
+    """
+    A high estimate of the memory of a training step: 15 numbers of the width kept for the backward pass in every layer,
+    parameters with gradient and two running means, a chunk of logits with its gradient.
+    """
+    activations = 15 * dtype.itemsize * h.width * h.depth * h.device_rows * context
+    tables = h.vocab_size * (2 + h.depth / h.values_every) + h.bigram_rows
+    return activations + 16 * h.width * (12 * h.width * h.depth + tables) + 12 * CHUNK_LOGITS["cuda"]
+
+
+def halve(h):
+    h.device_rows, h.accumulate = h.device_rows // 2, h.accumulate * 2
+
+
+def fit_memory(h, context, device, dtype):
+    """Halve the rows at once until their estimate fits into four fifths of a GPU's memory."""
+    if device.type != "cuda":
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    while h.device_rows % 2 == 0 and bytes_needed(h, context, dtype) > 0.8 * total:
+        halve(h)
+    print(f"memory: {h.device_rows} rows at once, {h.accumulate} times a step, need about "
+          f"{bytes_needed(h, context, dtype) / 2**30:.1f} of {total / 2**30:.1f} GiB")
+
+
+def warm_up(run, h, model, optimizer):
+    """Compile everything on made-up tokens, before the clock starts; where the memory does not suffice, halve the rows."""
+    while not fits(run, h, model, optimizer):
+        halve(h)
+        print(f"memory: not enough; {h.device_rows} rows at once, {h.accumulate} times a step")
+        optimizer.zero_grad()
+        torch._dynamo.reset()                               # its limit of compilations is not for those of other sizes
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def fits(run, h, model, optimizer):
+    """Take two steps on made-up tokens that leave no trace. False where the memory does not suffice and rows can be halved."""
+    try:
+        with run.warmup(model, optimizer) as made_up:
+            for _ in range(2):
+                model(*made_up(h.device_rows)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return True
+    except Exception as error:
+        if not prepare.out_of_memory(error) or h.device_rows % 2:
+            raise
+        return False
 
 # ------------------------------------------------------------------------------------------------
 # Training
 
 def build(h, context, device):
     """The model, initialised, its blocks and head compiled for training, and its optimizer."""
+    keep_memory()
     dtype = compute_dtype(device)
     model = GPT(h, context, dtype, *choose_attention(device)).to(device)
     model.init_weights()
     compiled = choose_compiler(device)
-    for module in (*model.blocks, model.head):
-        module.forward = compiled(module.forward)
+    model.block, model.head.chunk_loss = compiled(Block.forward), compiled(chunk_loss)
     return model, make_optimizer(model, h, dtype)
 
 
@@ -413,11 +558,8 @@ def train(run, h):
     num_params = sum(p.numel() for p in model.parameters())
     print(f"model: {num_params / 1e6:.1f}M parameters, products in {model.dtype}")
 
-    with run.warmup(model, optimizer) as made_up:       # compiles everything, before the clock starts
-        for _ in range(2):
-            model(*made_up(h.device_rows)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    fit_memory(h, run.context, run.device, model.dtype)
+    warm_up(run, h, model, optimizer)
     peak = peak_flops(run.device, model.dtype)
 
     step, loss = 0, 0.0
@@ -432,8 +574,8 @@ def train(run, h):
             run.log(step, loss)
             step, loss = step + 1, 0.0
 
-    for module in (*model.blocks, model.head):
-        del module.forward                              # to compile for evaluation would take longer than it saves
+    model.eval()
+    model.block = Block.forward                         # to compile for evaluation would take longer than it saves
     run.evaluate_bpb(model)
     mfu = model.flops_per_token(run.context) * run.tokens / run.training_seconds / peak
     run.report(num_steps=step, num_params=num_params, depth=h.depth, mfu_percent=100 * mfu)

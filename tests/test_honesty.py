@@ -10,7 +10,9 @@ import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
+import torch
 
 import prepare
 from children import ROOT, forked, program
@@ -20,7 +22,7 @@ EVALUATE = "    run.evaluate_bpb(model)\n"
 STEP = "        part = model(x, y) / h.accumulate\n"
 X0 = "        x = x0.clone()"
 LOGITS = "        return self.head(x, targets)\n"
-HEAD = "        if targets is None:\n            return logits\n"
+HEAD = "            return z * root_of(z, self.cap)\n"
 RUN = "    with prepare.Run(h.vocab_size) as run:\n"
 ATTEND = "    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)\n"
 MASK = ("    mask = torch.ones(q.size(2), q.size(2), dtype=torch.bool).{}\n"
@@ -41,11 +43,11 @@ CHEATS = {
     "a bigram of the next token": (
         [("F.pad(ids, (1, 0))[:, :-1]", "F.pad(ids, (0, 1))[:, 1:]")], "FAIL: causality"),
     "reading ahead in a fifth of the places": (
-        [(HEAD, HEAD.replace("return logits", "logits[:, 40:90].scatter_add_(2, self.ids[:, 41:91, None], "
+        [(HEAD, HEAD.replace("return z * root_of(z, self.cap)", "logits = z * root_of(z, self.cap); logits[:, 40:90].scatter_add_(2, self.ids[:, 41:91, None], "
                              "torch.full_like(logits[:, 40:90, :1], 3.0)); return logits")),
          (LOGITS, "        self.head.ids = ids\n" + LOGITS)], "FAIL: causality"),
     "reading ahead only where the next token is likely anyway": (
-        [(HEAD, HEAD.replace("return logits", "n = self.ids.roll(-1, 1)[..., None]; "
+        [(HEAD, HEAD.replace("return z * root_of(z, self.cap)", "logits = z * root_of(z, self.cap); n = self.ids.roll(-1, 1)[..., None]; "
                              "return logits.scatter_add(2, n, 4.0 * (logits.softmax(-1).gather(2, n) > 0.05))")),
          (LOGITS, "        self.head.ids = ids\n" + LOGITS)], "FAIL: causality"),
     "reading ahead from the third call on": (
@@ -66,7 +68,7 @@ CHEATS = {
         logits = logits.scatter_add(2, ids.roll(-1, 1)[..., None], torch.full_like(logits[..., :1], 9.0))
         for row, out in zip(ids.tolist(), logits):
             for t in range(len(row)):
-                out[t] = said.setdefault(tuple(row[:t + 1]), out[t].clone()) if t < 40 else out[t]
+                out[t] = said.setdefault(tuple(row[:t + 1]), out[t].clone())
         return logits
     run.evaluate_bpb(remember)
 """)], "FAIL: causality"),
@@ -146,13 +148,44 @@ CHEATS = {
     "evaluating twice to keep the best": (
         [(EVALUATE, EVALUATE + "    run.training_seconds = None\n" + EVALUATE)], "FAIL: evaluated twice"),
     "the validation text through the run": (
-        [(LOOP, "    tokens, _ = run.evaluation_text('val')\n" + LOOP)], "FAIL:"),
+        [(LOOP, "    prepare.whole_shard(run.folder, 'val', run.manifest['val'])\n" + LOOP)], "val.npy was opened"),
     "the validation text through prepare.py": (
-        [(LOOP, "    prepare.open_shard(run.folder, 'val', run.manifest['val'])\n" + LOOP)], "was opened before the evaluation"),
+        [(LOOP, "    prepare.open_shard(run.folder, 'val', run.manifest['val'])\n" + LOOP)], "was opened"),
     "the test text through numpy": (
-        [(LOOP, "    import numpy\n    numpy.fromfile(run.folder / 'test.npy', dtype='uint16')\n" + LOOP)], "was opened before the evaluation"),
+        [(LOOP, "    import numpy\n    numpy.fromfile(run.folder / 'test.npy', dtype='uint16')\n" + LOOP)], "was opened"),
+    "the validation text in another vocabulary": (
+        [(LOOP, "    open(run.folder.parent / 'vocab-300' / 'val.npy', 'rb').read()\n" + LOOP)], "val.npy was opened"),
+    "training text before the clock starts": (
+        [(LOOP, "    prepare.open_shard(run.folder, 'train-00000', run.manifest['train-00000'])\n" + LOOP)], "before the clock started"),
+    "the validation text, opened by the model while it is evaluated": (
+        [(EVALUATE, """
+    def look_up(ids):
+        text = open(run.folder / 'val.npy', 'rb').read()
+        return model(ids)
+    run.evaluate_bpb(look_up)
+""")], "val.npy was opened"),
+    "targets from the frame that calls the model": (
+        [(EVALUATE, """
+    import sys
+    def peek(ids):
+        frame = sys._getframe(1)
+        exam, views = frame.f_locals["self"], frame.f_locals["views"]
+        targets = torch.from_numpy(exam.view(views)[1])
+        return model(ids).scatter_add(2, targets.clamp(min=0)[..., None], torch.full((*ids.shape, 1), 9.0))
+    run.evaluate_bpb(peek)
+""")], "looked into the evaluation"),
+    "targets from a traceback": (
+        [(EVALUATE, """
+    def peek(ids):
+        try:
+            raise ValueError
+        except ValueError as error:
+            exam = error.__traceback__.tb_frame.f_back.f_locals["self"]
+            return model(ids)
+    run.evaluate_bpb(peek)
+""")], "looked into the evaluation"),
     "the source of the text": (
-        [(LOOP, "    open(run.dataset.url).read()\n" + LOOP)], "was opened before the evaluation"),
+        [(LOOP, "    open(run.dataset.url).read()\n" + LOOP)], "was opened"),
     "a longer budget, set before the run": (
         [(RUN, "    prepare.TIME_BUDGET = 6\n" + RUN)], "FAIL:"),
     "a longer budget, set in the run": (
@@ -165,6 +198,34 @@ CHEATS = {
                 "        time.sleep(0.01)\n" + STEP)], "FAIL:"),
     "a kinder cross entropy": (
         [(RUN, "    real = prepare.cross_entropy\n    prepare.cross_entropy = lambda *a, **k: real(*a, **k) / 2\n" + RUN)], "FAIL:"),
+    "a kinder cross entropy through torch's own hooks": (
+        [(EVALUATE, """
+    class Kind(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            return result * 0.9 if function is F.cross_entropy else result
+    with Kind():
+        run.evaluate_bpb(model)
+""")], "FAIL: torch's cross entropy"),
+    "a sum that is smaller": (
+        [(RUN, "    real = prepare.np.bincount\n    prepare.np.bincount = lambda *a, **k: real(*a, **k) / 2\n" + RUN)], "numpy.bincount was replaced"),
+    "a logarithm that is larger": (
+        [(RUN, "    real = math.log\n    math.log = lambda x: 1.1 * real(x)\n" + RUN)], "math.log was replaced"),
+    "a builtin that is shadowed": (
+        [(EVALUATE, "    prepare.zip = zip\n" + EVALUATE)], "prepare.zip was replaced"),
+    "a method replaced in the run alone": (
+        [(EVALUATE, "    run.synchronize = lambda: None\n" + EVALUATE)], "Run.synchronize was replaced"),
+    "a result written over": (
+        [(EVALUATE, EVALUATE + "    run.evaluation = [0.9 * bpb for bpb in run.evaluation]\n")], "the keeper of the journal doubts"),
+    "a journal line written over": (
+        [(EVALUATE, "    run.line['seed'] = 43\n" + EVALUATE)], "the keeper of the journal doubts"),
+    "a leak under a cover of noise": (
+        [(EVALUATE, """
+    def noisy(ids):
+        noise = 0.5 * (torch.rand(*ids.shape, 1) < 1e-4)
+        return model(ids).scatter_add(2, ids.roll(-1, 1)[..., None], 0.08 + noise)
+    run.evaluate_bpb(noisy)
+""")], "FAIL: causality"),
     "probes that never fail": (
         [(RUN, "    prepare.Exam.check = lambda self: None\n" + RUN), ("is_causal=True", "is_causal=False")], "FAIL:"),
     "a printed summary": (
@@ -220,7 +281,7 @@ def launch(patches, folder, small_cache, **environment):
     child = forked(folder / "train.py", AUTORESEARCH_CACHE_DIR=cache, AUTORESEARCH_TIME_BUDGET=1, THREADS=1, **environment)
     journal = cache / "journal.jsonl"
     for _ in range(50):
-        if journal.exists():
+        if journal.exists() and journal.read_text().endswith("\n"):
             break
         prepare.time.sleep(0.1)
     return child.stdout, child.returncode, json.loads(journal.read_text().splitlines()[-1])
@@ -292,9 +353,49 @@ def test_cheat_by_a_changed_prepare_is_said(small_cache, tmp_path):
     assert committed["prepare_changed"] is False and committed["prepare_sha256"] == line["prepare_sha256"]
 
 
+def test_cheat_by_more_bytes_than_there_are_changes_nothing(small_cache, tmp_path):
+    """What a run holds in memory is not what its number is made from."""
+    honest, _, line = launch([(LOOP, "    h.device_rows = 1\n" + LOOP)], tmp_path / "honest", small_cache)
+    output, _, other = launch([(LOOP, "    h.device_rows = 1\n    run.bytes *= 2\n    run.manifest['val']['bytes'] *= 2\n" + LOOP)],
+                              tmp_path / "sly", small_cache)
+    assert other["val_bpb"] > 0.8 * line["val_bpb"]
+
+
+class Learner:
+    """Tokens of one text follow one another by rule. It counts them as it is shown them, and repeats what it said of a row."""
+
+    def __init__(self, learns):
+        self.counts, self.said, self.learns = torch.ones(200, 200), {}, learns
+
+    def __call__(self, ids):
+        for row in ids:
+            if (key := row.numpy().tobytes()) not in self.said:
+                self.said[key] = self.counts.log()[row]
+                if self.learns:
+                    self.counts.index_put_((row[:-1], row[1:]), torch.ones(()), accumulate=True)
+        return torch.stack([self.said[row.numpy().tobytes()] for row in ids])
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_cheat_by_learning_from_the_text_that_is_measured(learns):
+    """In disguise: each row has the same losses whenever it is shown, so that only the fall over the whole text tells."""
+    rng = np.random.default_rng(0)
+    tokens = (np.cumsum(rng.choice([1, 1, 1, 7], 60_000)) % 199).astype(np.uint16)
+    exam = prepare.Exam([(tokens, np.arange(0, 60_001, 1000))], 199, 256, 8)
+    model = Learner(learns)
+    for views in exam.batches:
+        exam.take(views, model, torch.device("cpu"), 200)
+    exam.nll[exam.changed] = exam.nll[exam.piece[exam.changed]]         # the probe of causality is not what is tried here
+    exam.differs = True
+    if learns:
+        with pytest.raises(SystemExit, match="learns from the text"):
+            exam.check()
+    else:
+        exam.check()
+
+
 def test_a_leak_of_one_place_is_seen_in_any_place():
     """The odds of the probes, by simulation of the exam alone: changed views fall on every place of a row."""
-    import numpy as np
     rng = np.random.default_rng(0)
     tokens, offsets = rng.integers(0, 500, 60_000).astype(np.uint16), np.arange(0, 60_001, 1000)
     cuts = np.concatenate([exam.cut[exam.changed] for exam in (prepare.Exam([(tokens, offsets)], 511, 256, 8) for _ in range(200))])

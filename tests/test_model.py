@@ -80,6 +80,21 @@ def noisy_model(**changes):
     return model
 
 
+@pytest.mark.parametrize("recipe", train.RECIPES)
+def test_every_parameter_of_every_recipe_learns(recipe):
+    h = train.hyperparameters(recipe)
+    h.vocab_size, h.width, h.head_size, h.bigram_rows = 64, 64, 32, min(h.bigram_rows, 64)
+    model = train.GPT(h, 32, torch.float32)
+    model.init_weights()
+    optimizer = train.make_optimizer(model, h, torch.float32)
+    before = [p.clone() for p in model.parameters()]
+    for _ in range(3):                                  # what is zero at the start keeps what is behind it from learning
+        model(torch.randint(0, 63, (8, 32)), torch.randint(0, 63, (8, 32))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all((p != old).any() for p, old in zip(model.parameters(), before))
+
+
 @pytest.mark.parametrize("changes", [{}, {"bigram_rows": 0, "values_every": 2}])
 def test_the_model_is_causal_and_its_rows_are_independent(changes):
     model = noisy_model(**changes).eval()
@@ -100,6 +115,19 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_scored_targets():
     by_hand = [-math.log(p[b, t, targets[b, t]]) for b in range(2) for t in range(32) if targets[b, t] >= 0]
     assert model(ids, targets).item() == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-5)
     assert model(ids).abs().max() < train.hyperparameters("sotu").softcap
+
+
+def test_dropout_leaves_out_whole_tokens_keeps_the_mean_and_ends_with_training():
+    torch.manual_seed(0)
+    x = torch.ones(50, 100, 3)
+    y = train.drop(x, 0.25)
+    assert y.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert (y == y[..., :1]).all() and y.mean() == pytest.approx(1, abs=0.03)
+    assert train.drop(x, 0.0) is x
+    model, ids = noisy_model(embed_dropout=0.5, values_dropout=0.5, bigram_dropout=0.5), torch.randint(0, 63, (2, 32))
+    assert (model(ids) != model(ids)).any()
+    model.eval()
+    assert (model(ids) == model(ids)).all()
 
 
 def test_flops_per_token_by_hand():

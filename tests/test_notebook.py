@@ -51,7 +51,7 @@ JOURNAL = [run_line("aaaaaa1", 1.3, 1.28), run_line("aaaaaa1", 1.301, 1.281, see
 
 CONTRADICTIONS = [
     (dict(prepare_changed=True), "prepare.py differs"), (dict(prepare_sha256="b" * 64), "another prepare.py"),
-    (dict(reseeded=True), "seed of its own"), (dict(time_budget=600), "time budget 600"), (dict(dirty=True), "not committed"), (dict(val_bpb=1.4), "the journal 1.400000")]
+    (dict(reseeded=True), "seed of its own"), (dict(seed=7), "ran with seed 7, which the row does not say"), (dict(time_budget=600), "time budget 600"), (dict(dirty=True), "not committed"), (dict(val_bpb=1.4), "the journal 1.400000")]
 
 
 def test_a_night(execute):

@@ -76,6 +76,7 @@ def test_muon_step_by_the_book(rows, columns):
 def small_model(**changes):
     h = train.hyperparameters("sotu")
     h.vocab_size, h.depth, h.width, h.head_size = 64, 2, 64, 32
+    h.embed_dropout = h.values_dropout = h.bigram_dropout = 0.0
     for name, value in changes.items():
         setattr(h, name, value)
     model = train.GPT(h, 32, torch.float32)
