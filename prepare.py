@@ -852,6 +852,8 @@ class Keeper:
             line["failure"] = f"still running after the hard limit of {HARD_LIMIT:.0f} s"
         if line["failure"] is None:
             line["failure"] = self.doubt(lines, times, budget)
+            if line["failure"]:
+                print(line["failure"], file=sys.stderr, flush=True)
         if line["failure"] is not None and "val_bpb" in line:
             line["claimed_bpb"] = line.pop("val_bpb")
         append_line(journal, line)
@@ -1239,7 +1241,7 @@ class Run:
             "step_seconds": self.training_seconds / self.handed, "reseeded": self.reseeded(), "failure": None}
         self.keeper.say(self.line)
         if not self.keeper.close():
-            sys.exit(f"FAIL: the keeper of the journal doubts this run; see the last line of {CACHE / 'journal.jsonl'}")
+            sys.exit("FAIL: the keeper of the journal doubts this run, for the reason above")
         summary = {
             "val_bpb": f"{val_bpb:.6f}",
             "training_seconds": f"{self.training_seconds:.1f}",
