@@ -117,6 +117,17 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_scored_targets():
     assert model(ids).abs().max() < train.hyperparameters("sotu").softcap
 
 
+def test_the_gradients_taken_by_hand_in_the_head_are_those_of_autograd():
+    model = noisy_model(bigram_rows=0)
+    ids, targets = torch.randint(0, 63, (2, 32)), torch.randint(-1, 63, (2, 32))
+    (3 * model(ids, targets)).backward()
+    by_hand = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    (3 * torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), ignore_index=-1)).backward()
+    for ours, autograds in zip(by_hand, (p.grad for p in model.parameters())):
+        torch.testing.assert_close(ours, autograds, atol=1e-6, rtol=1e-3)
+
+
 def test_dropout_leaves_out_whole_tokens_keeps_the_mean_and_ends_with_training():
     torch.manual_seed(0)
     x = torch.ones(50, 100, 3)
