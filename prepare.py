@@ -741,8 +741,9 @@ class Exam:
         scored = np.arange(self.context) < np.minimum(self.counts[self.piece], self.cut)[:, None]
         moved = np.where(scored, self.nll - self.nll[self.piece], 0)
         noise = math.sqrt((moved[self.copies] ** 2).sum() / scored[self.copies].sum())      # of the device, in nats
-        self.check_independence(np.abs(moved[self.copies]).max(), noise)
-        self.check_causality(moved[self.changed], np.abs(moved[self.copies]).max(), noise)
+        most = np.abs(moved[self.copies]).max()
+        self.check_independence(most, noise)
+        self.check_causality(moved[self.changed], most, noise)
         self.check_memory()
 
     def check_independence(self, most, noise):
