@@ -117,6 +117,16 @@ def default_device():
     return torch.device(wanted)
 
 
+def device_name(device):
+    """The device in words. Two processors make different runs of one budget, so the journal tells them apart."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    with suppress(OSError):
+        model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), model)
+    return f"{device.type} ({model}, {os.cpu_count()} cores)"
+
+
 def default_dataset():
     """The dataset that suits the device at hand, and the reason in words."""
     device = default_device()
@@ -915,7 +925,7 @@ def describe_run(dataset, vocab_size, device, val_sha256):
         "vocab_size": vocab_size,
         "context": dataset.context,
         "val_sha256": val_sha256,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})",
+        "device": device_name(device),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "seed": SEED,
         "time_budget": TIME_BUDGET,
