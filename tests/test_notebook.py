@@ -61,6 +61,24 @@ def test_a_night(execute):
     assert "twice the steps: held up" in text and "lucky: not on the sealed text" in text
 
 
+def test_a_night_that_moves_to_another_machine(execute, monkeypatch):
+    """There, everything is worse by 0.1; only what was measured on one machine is compared."""
+    labels = []
+    monkeypatch.setattr(matplotlib.axes.Axes, "annotate", lambda axes, text, *_, **__: labels.append(text))
+    moved = ["bbbbbb2\t1.380000\t1.1\tkeep\tbaseline on slow, seed 42", "bbbbbb2\t1.382000\t1.1\tkeep\tbaseline on slow, seed 43",
+             "1111111\t1.360000\t1.1\tkeep\tdepth 4", "2222222\t1.370000\t1.1\tdiscard\tdepth 5"]
+    journal = [line | {"device": "fast"} for line in JOURNAL[:4]]
+    journal += [run_line("bbbbbb2", 1.38, 1.36, device="slow"), run_line("bbbbbb2", 1.382, 1.362, seed=43, device="slow"),
+                run_line("1111111", 1.36, 1.345, device="slow"), run_line("2222222", 1.37, 1.35, device="fast")]
+    text = execute(NIGHT[:4] + moved, journal)
+    assert "baseline 1.300000 over 3 runs, standard deviation 0.001000, margin 0.005000 on fast" in text
+    assert "baseline 1.381000 over 2 runs, standard deviation 0.001414, margin 0.007071 on slow" in text
+    assert "val_bpb 1.3000 -> 1.2800: a gain of 0.0200" in text and "val_bpb 1.3800 -> 1.3600: a gain of 0.0200" in text
+    assert "1.3600 -> 1.3450: a gain of 0.0150; 75% held up" in text
+    assert "#7 2222222 ran on fast: not to be compared" in text and "#6 1111111 ran on" not in text
+    assert labels == ["twice the steps", "depth 4"]
+
+
 @pytest.mark.parametrize("change,words", CONTRADICTIONS)
 def test_a_row_that_the_journal_contradicts_is_named(change, words, execute):
     journal = [dict(line) for line in JOURNAL]
