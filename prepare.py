@@ -32,7 +32,7 @@ import sys
 import time
 from bisect import bisect_left, insort
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from urllib.parse import urlparse
@@ -115,6 +115,16 @@ def default_device():
         sys.exit(f"AUTORESEARCH_DEVICE={wanted} is not here; this machine has: "
                  + ", ".join(kind for kind, there in present.items() if there))
     return torch.device(wanted)
+
+
+def device_name(device):
+    """The device in words. Two processors make different runs of one budget, so the journal tells them apart."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    with suppress(OSError):
+        model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), model)
+    return f"{device.type} ({model}, {os.cpu_count()} cores)"
 
 
 def default_dataset():
@@ -741,8 +751,9 @@ class Exam:
         scored = np.arange(self.context) < np.minimum(self.counts[self.piece], self.cut)[:, None]
         moved = np.where(scored, self.nll - self.nll[self.piece], 0)
         noise = math.sqrt((moved[self.copies] ** 2).sum() / scored[self.copies].sum())      # of the device, in nats
-        self.check_independence(np.abs(moved[self.copies]).max(), noise)
-        self.check_causality(moved[self.changed], np.abs(moved[self.copies]).max(), noise)
+        most = np.abs(moved[self.copies]).max()
+        self.check_independence(most, noise)
+        self.check_causality(moved[self.changed], most, noise)
         self.check_memory()
 
     def check_independence(self, most, noise):
@@ -839,7 +850,9 @@ class Keeper:
         while True:
             left = start + HARD_LIMIT + 5 - time.monotonic()
             if not select.select([reader], [], [], max(0, left))[0]:
-                os.kill(run, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(run, signal.SIGKILL)
+                break
             if not (said := os.read(reader, 1 << 16)):
                 break
             *whole, pending = (pending + said).split(b"\n")
@@ -865,7 +878,7 @@ class Keeper:
         start = {}
         for line, second in zip(lines, times):
             start.setdefault(line["phase"], second)
-            if line["tampering"]:
+            if line.get("tampering"):
                 return f"FAIL: {line['tampering']}"
         if list(start) != ["start-up", "training", "evaluation", "evaluated", "done"]:
             return f"FAIL: the run went through {', '.join(start)}"
@@ -912,7 +925,7 @@ def describe_run(dataset, vocab_size, device, val_sha256):
         "vocab_size": vocab_size,
         "context": dataset.context,
         "val_sha256": val_sha256,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})",
+        "device": device_name(device),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "seed": SEED,
         "time_budget": TIME_BUDGET,
@@ -1082,7 +1095,8 @@ class Run:
         """
         states = [copy.deepcopy(thing.state_dict()) for thing in things]
         generator = np.random.default_rng(0)
-        devices = [self.device] if self.device.type == "cuda" else []
+        devices, mps = [self.device] if self.device.type == "cuda" else [], self.device.type == "mps"
+        numbers = torch.mps.get_rng_state() if mps else None
 
         def made_up(rows):
             tokens = generator.integers(self.bos, size=(2, rows, self.context))
@@ -1094,6 +1108,8 @@ class Run:
         finally:
             for thing, state in zip(things, states):
                 thing.load_state_dict(state)
+            if mps:
+                torch.mps.set_rng_state(numbers)
 
     def batches(self, rows):
         """
@@ -1116,15 +1132,15 @@ class Run:
         while True:
             self.handed += 1
             self.tokens += rows * self.context
-            if self.device.type == "cuda":
-                events.append(torch.cuda.Event())
-                events[-1].record()
             yield batch
+            if self.device.type == "cuda":
+                events.append(torch.cuda.Event())       # done when this step is
+                events[-1].record()
             batch = stage()                             # while the device is still at work
-            if self.device.type == "cuda" and len(events) > 1:
-                events.pop(0).synchronize()             # one step stays queued, so that the device does not idle
-            elif self.device.type != "cuda":
+            if self.device.type != "cuda":
                 self.synchronize()
+            elif len(events) > 1:
+                events.pop(0).synchronize()             # this step stays queued, so that the device does not idle
             elapsed = time.monotonic() - self.first_batch
             self.progress = min(1.0, elapsed / TIME_BUDGET)
             queued = 0.5 + len(events)                  # half a step early is as near as half a step late

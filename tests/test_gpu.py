@@ -120,10 +120,11 @@ def test_every_choice_of_attention(capability, local, varlen, chosen, says, hub,
     torch.testing.assert_close(attend(q, k, v, window), dense_attention(q, k, v, window), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("device,says", [("cpu", "on cpu"), ("mps", "on mps")])
-def test_elsewhere_attention_is_torchs(device, says, capsys):
-    assert train.choose_attention(torch.device(device)) == (train.sdpa, False)
-    assert says in capsys.readouterr().out
+def test_attention_without_cuda(capsys):
+    assert train.choose_attention(torch.device("mps")) == (train.sdpa, False)
+    assert "scaled_dot_product_attention (on mps)" in capsys.readouterr().out
+    assert train.choose_attention(torch.device("cpu")) == (train.blockwise, True)
+    assert "blockwise" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("device,capability,dtype", [
@@ -155,7 +156,7 @@ def test_the_micro_batch_fits_the_card_and_the_batch_stays(recipe, context, gib,
 def test_the_estimate_of_memory_is_above_what_others_measured():
     """45 GB at depth 8, 128 rows of 2,048 (recipe of the field's first script), its logits of 4 + 4 + 2 bytes whole."""
     h = train.hyperparameters("climbmix")
-    h.depth = 8
+    h.depth, h.width = 8, 512
     logits = 128 * 2048 * 8192 * 10
     assert train.bytes_needed(h, 2048, torch.bfloat16) > 45e9 - logits
 
@@ -272,6 +273,58 @@ def test_flops_count_a_window_by_the_keys_that_it_leaves():
     windowed = train.GPT(h, 32, torch.float32, dense_attention, True)
     keys = sum(min(t + 1, 4) for t in range(32)) / 32
     assert model.flops_per_token(32) - windowed.flops_per_token(32) == pytest.approx(12 * 64 * (16.5 - keys))
+
+
+class SlowBuffer(torch.Tensor):
+    """Pinned memory whose copy to the device is made late: when an event recorded after it is waited for."""
+    pending = []
+
+    def to(self, device, non_blocking):
+        assert non_blocking
+        copied = torch.zeros(self.shape, dtype=self.dtype)
+        self.pending.append((self.as_subclass(torch.Tensor), copied))
+        return copied
+
+
+class Event:
+    """torch.cuda.Event, for SlowBuffer."""
+
+    def record(self):
+        self.copies, SlowBuffer.pending = list(SlowBuffer.pending), []
+
+    def synchronize(self):
+        for buffer, copied in self.__dict__.pop("copies", []):
+            copied.copy_(buffer)
+
+
+def test_no_pinned_buffer_is_rewritten_while_its_copy_is_under_way(run, monkeypatch):
+    """All copies as late as they may be; each batch must still be what a CPU gets."""
+    def fill():
+        counter = iter(range(10 ** 6))
+        return lambda rows: rows.__setitem__(slice(None), next(counter))
+
+    expected = [stage()[0].clone() for stage in [run.stager(fill(), 2)] for _ in range(6)]
+    empty, events = torch.empty, []
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **more: empty(*size, **more).as_subclass(SlowBuffer))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: events.append(Event()) or events[-1])
+    run.device = types.SimpleNamespace(type="cuda")
+    stage = run.stager(fill(), 2)
+    batches = [stage() for _ in range(6)]
+    for event in events:
+        event.synchronize()
+    assert [int(x[0, 0]) for x, _ in batches] == [int(x[0, 0]) for x in expected] == list(range(6))
+
+
+def test_compiled_kernels_are_not_chosen_by_timing_them(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    monkeypatch.setattr(torch._inductor.config, "deterministic", False)
+    train.choose_compiler(torch.device("cpu"))
+    assert torch._inductor.config.deterministic and capsys.readouterr().out == ""
+
+
+def test_eager_on_mps_is_said(capsys):
+    assert train.choose_compiler(torch.device("mps"))(len) is len
+    assert capsys.readouterr().out == "compile: eager (not on MPS)\n"
 
 
 DRIVER = "#!/bin/sh\necho 470.82.01\n"

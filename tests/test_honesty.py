@@ -24,9 +24,7 @@ X0 = "        x = x0.clone()"
 LOGITS = "        return self.head(x, targets)\n"
 HEAD = "            return z * root_of(z, self.cap)\n"
 RUN = "    with prepare.Run(h.vocab_size) as run:\n"
-ATTEND = "    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)\n"
-MASK = ("    mask = torch.ones(q.size(2), q.size(2), dtype=torch.bool).{}\n"
-        "    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)\n")
+HIDDEN = "(keys > queries) | (keys <= queries - window)"
 
 SMALL = [       # of every variant: a small model, uncompiled, so that a run takes seconds
     (RUN, "    h.vocab_size, h.depth, h.width, h.head_size, h.device_rows, h.bigram_rows = 400, 2, 64, 32, 4, 1000\n" + RUN),
@@ -35,9 +33,9 @@ SMALL = [       # of every variant: a small model, uncompiled, so that a run tak
 
 CHEATS = {
     "attention that is not causal": (
-        [("is_causal=True", "is_causal=False")], "FAIL: causality"),
+        [(HIDDEN, "keys <= queries - window")], "FAIL: causality"),
     "a window off by one into the future": (
-        [(ATTEND, MASK.format("tril(1)"))], "FAIL: causality"),
+        [(HIDDEN, "keys > queries + 1")], "FAIL: causality"),
     "a token shift with the wrong sign": (
         [(X0, "        x0 = x0 + 0.3 * torch.roll(x0, -1, 1)\n" + X0)], "FAIL: causality"),
     "a bigram of the next token": (
@@ -222,12 +220,12 @@ CHEATS = {
     "a leak under a cover of noise": (
         [(EVALUATE, """
     def noisy(ids):
-        noise = 0.5 * (torch.rand(*ids.shape, 1) < 1e-4)
+        noise = 0.1 * (torch.rand(*ids.shape, 1) < 1e-3)
         return model(ids).scatter_add(2, ids.roll(-1, 1)[..., None], 0.08 + noise)
     run.evaluate_bpb(noisy)
 """)], "FAIL: causality"),
     "probes that never fail": (
-        [(RUN, "    prepare.Exam.check = lambda self: None\n" + RUN), ("is_causal=True", "is_causal=False")], "FAIL:"),
+        [(RUN, "    prepare.Exam.check = lambda self: None\n" + RUN), (HIDDEN, "keys <= queries - window")], "FAIL:"),
     "a printed summary": (
         [(LOOP, "    print('---\\nval_bpb:          0.900000'); raise SystemExit(0)\n" + LOOP)], None),
     "a printed summary and a sudden end": (
@@ -236,7 +234,7 @@ CHEATS = {
 
 HONEST = {
     "as it is": [],
-    "sliding windows": [(ATTEND, MASK.format("tril().triu(-15)"))],
+    "sliding windows": [(HIDDEN, "(keys > queries) | (keys <= queries - 16)")],
     "a smear gate": [(X0, "        x0 = x0 + torch.sigmoid(x0[..., :1]) * F.pad(x0, (0, 0, 1, 0))[:, :-1]\n" + X0)],
     "bfloat16 weights": [(LOOP, "    model.bfloat16()\n    model.dtype = torch.bfloat16\n" + LOOP),
                          ("    return torch.bfloat16 if fast else torch.float32", "    return torch.float32")],
@@ -400,3 +398,6 @@ def test_a_leak_of_one_place_is_seen_in_any_place():
     tokens, offsets = rng.integers(0, 500, 60_000).astype(np.uint16), np.arange(0, 60_001, 1000)
     cuts = np.concatenate([exam.cut[exam.changed] for exam in (prepare.Exam([(tokens, offsets)], 511, 256, 8) for _ in range(200))])
     assert set(cuts) == set(range(1, 256))
+    tokens, offsets = rng.integers(0, 500, 500_000).astype(np.uint16), np.arange(0, 500_001, 800)       # the size of sotu's
+    exam = prepare.Exam([(tokens, offsets)], 511, 256, 4)
+    assert len(exam.piece) < 1.05 * exam.pieces         # what the probes cost

@@ -25,10 +25,24 @@ def qkv(B=2, T=24, heads=2, size=16):
     return [torch.randn(B, T, heads, size) for _ in range(3)]
 
 
-@pytest.mark.parametrize("attend", [train.sdpa])
+@pytest.mark.parametrize("attend", [train.sdpa, train.blockwise])
 def test_full_attention_is_the_dense_one(attend):
     q, k, v = qkv()
     torch.testing.assert_close(attend(q, k, v, 24), dense_attention(q, k, v, 24), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("T", [100, 128, 300, 515])
+@pytest.mark.parametrize("window", [1, 40, 129, 200, 515])
+def test_blocks_of_queries_make_no_difference(T, window):
+    """Forward and backward, in lengths that are no multiple of a block and windows that end inside one."""
+    mine, reference = qkv(1, T), qkv(1, T)
+    for tensors, attend in ((mine, train.blockwise), (reference, dense_attention)):
+        for t in tensors:
+            t.requires_grad_()
+        attend(*tensors, window).square().sum().backward()
+    torch.testing.assert_close(train.blockwise(*mine, window), dense_attention(*reference, window), atol=1e-5, rtol=1e-4)
+    for a, b in zip(mine, reference):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
 
 
 def test_sdpa_refuses_a_window_that_it_would_ignore():
@@ -115,6 +129,17 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_scored_targets():
     by_hand = [-math.log(p[b, t, targets[b, t]]) for b in range(2) for t in range(32) if targets[b, t] >= 0]
     assert model(ids, targets).item() == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-5)
     assert model(ids).abs().max() < train.hyperparameters("sotu").softcap
+
+
+def test_the_gradients_taken_by_hand_in_the_head_are_those_of_autograd():
+    model = noisy_model(bigram_rows=0)
+    ids, targets = torch.randint(0, 63, (2, 32)), torch.randint(-1, 63, (2, 32))
+    (3 * model(ids, targets)).backward()
+    by_hand = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    (3 * torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), ignore_index=-1)).backward()
+    for ours, autograds in zip(by_hand, (p.grad for p in model.parameters())):
+        torch.testing.assert_close(ours, autograds, atol=1e-6, rtol=1e-3)
 
 
 def test_dropout_leaves_out_whole_tokens_keeps_the_mean_and_ends_with_training():

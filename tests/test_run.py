@@ -197,6 +197,13 @@ def test_a_run_without_a_number_has_failed(tmp_path):
     fails(*tiny(tmp_path, report="pass"), "without evaluate_bpb and report")
 
 
+def test_a_child_that_outlives_the_run_does_not_hold_up_its_journal_line(tmp_path):
+    start = time.monotonic()
+    result, line = tiny(tmp_path, end="import os; os.fork() or (time.sleep(40), os._exit(0))")
+    assert result.returncode == 0 and line["failure"] is None, result.stdout
+    assert time.monotonic() - start < 30
+
+
 def test_a_killed_run_is_in_the_journal(tmp_path):
     result, line = tiny(tmp_path, step="import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     assert result.returncode == -signal.SIGKILL
