@@ -45,7 +45,7 @@ HYPERPARAMETERS = {
     "device_rows":      (     128,          32,      16),   # rows at once; halved, and accumulate doubled, to fit the memory
     "accumulate":       (       1,           1,       1),   # such micro-batches to an optimizer step
     "embedding_lr":     (     0.9,         0.6,    0.15),   # AdamW, token and value embeddings; x (width / 768)^-0.5
-    "embedding_decay":  (   0.003,       0.003,     0.0),   # weight decay of the same
+    "embedding_decay":  (   0.003,       0.003,    0.01),   # weight decay of the same
     "bigram_lr":        (     0.0,         0.0,     0.3),   # AdamW, bigram table; x (width / 768)^-0.5
     "head_lr":          (   0.005,       0.005,   0.008),   # AdamW, head; likewise
     "scalar_lr":        (     0.1,         0.1,     0.1),   # AdamW, gates and residual weights
