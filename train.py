@@ -45,6 +45,7 @@ HYPERPARAMETERS = {
     "device_rows":      (     128,          32,      16),   # rows at once; halved, and accumulate doubled, to fit the memory
     "accumulate":       (       1,           1,       1),   # such micro-batches to an optimizer step
     "embedding_lr":     (     0.9,         0.6,    0.15),   # AdamW, token and value embeddings; x (width / 768)^-0.5
+    "table_eps":        (     0.0,         0.0,     1.0),   # eps of AdamW on these and bigrams, in their gradient's rms: slows rare rows
     "embedding_decay":  (   0.003,       0.003,    0.01),   # weight decay of the same
     "bigram_lr":        (     0.0,         0.0,     0.3),   # AdamW, bigram table; x (width / 768)^-0.5
     "head_lr":          (   0.005,       0.005,   0.008),   # AdamW, head; likewise
@@ -413,6 +414,10 @@ def adamw_update(p, g, m, v, step, lr, betas, eps, decay):
           weight_decay=decay, amsgrad=False, maximize=False)
 
 
+def root_mean(v):
+    return v.mean().sqrt().item()
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Groups of kind "muon" (matrices of one shape, updated together) and "adamw"; a sparse gradient updates its rows."""
 
@@ -434,7 +439,7 @@ class MuonAdamW(torch.optim.Optimizer):
         muon_update(p, g, state["m"], state["v"], lr, momentum, beta2, decay, dtype)
         torch._foreach_copy_(params, p.unbind())
 
-    def step_adamw(self, params, lr, betas, eps, decay, **_):
+    def step_adamw(self, params, lr, betas, eps, decay, table_eps=0.0, **_):
         for p in params:
             state = self.state[p]
             if not state:
@@ -444,11 +449,12 @@ class MuonAdamW(torch.optim.Optimizer):
                 g = g.coalesce()
                 rows = g.indices()[0]
                 q, m, v = (table[rows] for table in tables)
-                adamw_update(q, g.values(), m, v, state["step"], lr, betas, eps, decay)
+                adamw_update(q, g.values(), m, v, state["step"], lr, betas, eps + table_eps * root_mean(v), decay)
                 for table, new in zip(tables, (q, m, v)):
                     table[rows] = new
             else:
-                adamw_update(p, g, *tables[1:], state["step"], lr, betas, eps, decay)
+                usual = root_mean(state["v"]) if table_eps else 0.0
+                adamw_update(p, g, *tables[1:], state["step"], lr, betas, eps + table_eps * usual, decay)
 
 
 def make_optimizer(model, h, dtype):
@@ -458,12 +464,12 @@ def make_optimizer(model, h, dtype):
     blocks = list(model.blocks.named_parameters())
     scalars = [p for name, p in blocks if name.endswith(("mix", "gate.weight"))]
     groups = [common | dict(params=[model.embed.weight, *model.values.parameters()], lr=scale * h.embedding_lr,
-                             decay=h.embedding_decay),
+                             decay=h.embedding_decay, table_eps=h.table_eps),
               common | dict(params=[model.head.weight], lr=scale * h.head_lr),
               common | dict(params=scalars, lr=h.scalar_lr),
               common | dict(params=[p for name, p in blocks if name.endswith("near")], lr=h.near_lr)]
     if model.bigram is not None:
-        groups.append(common | dict(params=[model.bigram.weight], lr=scale * h.bigram_lr))
+        groups.append(common | dict(params=[model.bigram.weight], lr=scale * h.bigram_lr, table_eps=h.table_eps))
     matrices = [p for name, p in blocks if not name.endswith(("mix", "near", "gate.weight"))]
     for shape in sorted({p.shape for p in matrices}):
         groups.append(dict(kind="muon", params=[p for p in matrices if p.shape == shape], lr=h.matrix_lr,
