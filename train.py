@@ -39,9 +39,9 @@ HYPERPARAMETERS = {
     "softcap":          (      15,          15,      15),   # logits stay below this
     "values_every":     (       2,           2,       1),   # value embeddings on every nth block, the last included
     "bigram_rows":      (       0,           0,   65536),   # of the hashed bigram table; 0 for none
-    "embed_dropout":    (     0.0,         0.0,     0.1),   # share of tokens whose embedding is left out in training
-    "values_dropout":   (     0.0,         0.0,     0.2),   # likewise of the value embeddings
-    "bigram_dropout":   (     0.0,         0.0,     0.3),   # likewise of the bigram embedding
+    "embed_dropout":    (     0.0,         0.0,    0.05),   # share of tokens whose embedding is left out in training
+    "values_dropout":   (     0.0,         0.0,     0.1),   # likewise of the value embeddings
+    "bigram_dropout":   (     0.0,         0.0,    0.15),   # likewise of the bigram embedding
     "device_rows":      (     128,          32,      16),   # rows at once; halved, and accumulate doubled, to fit the memory
     "accumulate":       (       1,           1,       1),   # such micro-batches to an optimizer step
     "embedding_lr":     (     0.9,         0.6,    0.15),   # AdamW, token and value embeddings; x (width / 768)^-0.5
