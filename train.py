@@ -39,16 +39,18 @@ HYPERPARAMETERS = {
     "softcap":          (      15,          15,      15),   # logits stay below this
     "values_every":     (       2,           2,       1),   # value embeddings on every nth block, the last included
     "bigram_rows":      (       0,           0,   65536),   # of the hashed bigram table; 0 for none
-    "embed_dropout":    (     0.0,         0.0,     0.1),   # share of tokens whose embedding is left out in training
-    "values_dropout":   (     0.0,         0.0,     0.2),   # likewise of the value embeddings
-    "bigram_dropout":   (     0.0,         0.0,     0.3),   # likewise of the bigram embedding
+    "embed_dropout":    (     0.0,         0.0,    0.05),   # share of tokens whose embedding is left out in training
+    "values_dropout":   (     0.0,         0.0,     0.1),   # likewise of the value embeddings
+    "bigram_dropout":   (     0.0,         0.0,    0.15),   # likewise of the bigram embedding
     "device_rows":      (     128,          32,      16),   # rows at once; halved, and accumulate doubled, to fit the memory
     "accumulate":       (       1,           1,       1),   # such micro-batches to an optimizer step
     "embedding_lr":     (     0.9,         0.6,    0.15),   # AdamW, token and value embeddings; x (width / 768)^-0.5
-    "embedding_decay":  (   0.003,       0.003,     0.0),   # weight decay of the same
+    "table_eps":        (     0.0,         0.0,     1.0),   # eps of AdamW on these and bigrams, in their gradient's rms: slows rare rows
+    "embedding_decay":  (   0.003,       0.003,    0.01),   # weight decay of the same
     "bigram_lr":        (     0.0,         0.0,     0.3),   # AdamW, bigram table; x (width / 768)^-0.5
     "head_lr":          (   0.005,       0.005,   0.008),   # AdamW, head; likewise
     "scalar_lr":        (     0.1,         0.1,     0.1),   # AdamW, gates and residual weights
+    "near_lr":          (    0.02,        0.02,    0.02),   # AdamW, weights of the tokens just before
     "matrix_lr":        (    0.04,        0.04,    0.03),   # Muon, every matrix in the blocks
     "matrix_decay":     (     0.2,         0.2,     0.1),   # of the matrices, cautious, falling to 0 over the run
     "warmdown":         (    0.75,         0.6,     0.6),   # last share of the time, in which rates fall linearly
@@ -198,6 +200,15 @@ def drop(x, share):
     return x * ((torch.rand(*x.shape[:2], 1, device=x.device) >= share) / (1 - share)).to(x.dtype)
 
 
+def look_back(x, weights):
+    """x (B, T, width) plus the tokens just before, each channel with its own weights (n, width): a causal convolution (Primer, Canon layers)."""
+    n, T = weights.size(0), x.size(1)
+    before = F.pad(x, (0, 0, n, 0))
+    for j in range(n):
+        x = x + weights[j] * before[:, j:j + T]
+    return x
+
+
 class Attention(nn.Module):
     def __init__(self, h, attend, window, gated):
         super().__init__()
@@ -227,6 +238,7 @@ class Block(nn.Module):
     def __init__(self, h, attend, window, gated):
         super().__init__()
         self.attention, self.mlp = Attention(h, attend, window, gated), MLP(h)
+        self.near = nn.Parameter(torch.empty(2, 3, h.width))    # of look_back, before attention and before the MLP
         self.mix = nn.Parameter(torch.empty(3))             # weights of the stream, of x0 and of the bigram embedding
 
     def forward(self, x, x0, bigram, values, cos, sin):
@@ -234,8 +246,9 @@ class Block(nn.Module):
         x = mix[0] * x + mix[1] * x0
         if bigram is not None:
             x = x + mix[2] * bigram
-        x = x + self.attention(norm(x), values, cos, sin)
-        return x + self.mlp(norm(x))
+        near = self.near.to(x.dtype)
+        x = x + self.attention(look_back(norm(x), near[0]), values, cos, sin)
+        return x + self.mlp(look_back(norm(x), near[1]))
 
 
 def root_of(z, cap):
@@ -321,7 +334,7 @@ class GPT(nn.Module):
             match name.removesuffix(".weight").rstrip(".0123456789").split(".")[-1]:
                 case "embed": p.normal_(std=0.8)
                 case "q" | "k" | "v" | "up" | "values": p.uniform_(-bound, bound)
-                case "out" | "down" | "gate" | "bigram": p.zero_()
+                case "out" | "down" | "gate" | "bigram" | "near": p.zero_()
                 case "head": p.normal_(std=0.001)
                 case "mix": p.copy_(torch.tensor([1, 0.1, 0.1]))
                 case _: raise ValueError(f"no initialisation for {name}")
@@ -401,6 +414,10 @@ def adamw_update(p, g, m, v, step, lr, betas, eps, decay):
           weight_decay=decay, amsgrad=False, maximize=False)
 
 
+def root_mean(v):
+    return v.mean().sqrt().item()
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Groups of kind "muon" (matrices of one shape, updated together) and "adamw"; a sparse gradient updates its rows."""
 
@@ -422,7 +439,7 @@ class MuonAdamW(torch.optim.Optimizer):
         muon_update(p, g, state["m"], state["v"], lr, momentum, beta2, decay, dtype)
         torch._foreach_copy_(params, p.unbind())
 
-    def step_adamw(self, params, lr, betas, eps, decay, **_):
+    def step_adamw(self, params, lr, betas, eps, decay, table_eps=0.0, **_):
         for p in params:
             state = self.state[p]
             if not state:
@@ -432,11 +449,12 @@ class MuonAdamW(torch.optim.Optimizer):
                 g = g.coalesce()
                 rows = g.indices()[0]
                 q, m, v = (table[rows] for table in tables)
-                adamw_update(q, g.values(), m, v, state["step"], lr, betas, eps, decay)
+                adamw_update(q, g.values(), m, v, state["step"], lr, betas, eps + table_eps * root_mean(v), decay)
                 for table, new in zip(tables, (q, m, v)):
                     table[rows] = new
             else:
-                adamw_update(p, g, *tables[1:], state["step"], lr, betas, eps, decay)
+                usual = root_mean(state["v"]) if table_eps else 0.0
+                adamw_update(p, g, *tables[1:], state["step"], lr, betas, eps + table_eps * usual, decay)
 
 
 def make_optimizer(model, h, dtype):
@@ -446,12 +464,13 @@ def make_optimizer(model, h, dtype):
     blocks = list(model.blocks.named_parameters())
     scalars = [p for name, p in blocks if name.endswith(("mix", "gate.weight"))]
     groups = [common | dict(params=[model.embed.weight, *model.values.parameters()], lr=scale * h.embedding_lr,
-                             decay=h.embedding_decay),
+                             decay=h.embedding_decay, table_eps=h.table_eps),
               common | dict(params=[model.head.weight], lr=scale * h.head_lr),
-              common | dict(params=scalars, lr=h.scalar_lr)]
+              common | dict(params=scalars, lr=h.scalar_lr),
+              common | dict(params=[p for name, p in blocks if name.endswith("near")], lr=h.near_lr)]
     if model.bigram is not None:
-        groups.append(common | dict(params=[model.bigram.weight], lr=scale * h.bigram_lr))
-    matrices = [p for name, p in blocks if not name.endswith(("mix", "gate.weight"))]
+        groups.append(common | dict(params=[model.bigram.weight], lr=scale * h.bigram_lr, table_eps=h.table_eps))
+    matrices = [p for name, p in blocks if not name.endswith(("mix", "near", "gate.weight"))]
     for shape in sorted({p.shape for p in matrices}):
         groups.append(dict(kind="muon", params=[p for p in matrices if p.shape == shape], lr=h.matrix_lr,
                            momentum=0.95, beta2=0.9, decay=h.matrix_decay, dtype=dtype))
