@@ -38,6 +38,7 @@ HYPERPARAMETERS = {
     "qk_scale":         (     1.1,         1.1,     1.2),   # factor on normed q and on normed k
     "softcap":          (      15,          15,      15),   # logits stay below this
     "values_every":     (       2,           2,       1),   # value embeddings on every nth block, the last included
+    "look_back":        (       0,           0,       3),   # tokens before each that a convolution adds, ahead of attention and MLP
     "bigram_rows":      (       0,           0,   65536),   # of the hashed bigram table; 0 for none
     "embed_dropout":    (     0.0,         0.0,    0.05),   # share of tokens whose embedding is left out in training
     "values_dropout":   (     0.0,         0.0,     0.1),   # likewise of the value embeddings
@@ -45,12 +46,12 @@ HYPERPARAMETERS = {
     "device_rows":      (     128,          32,      16),   # rows at once; halved, and accumulate doubled, to fit the memory
     "accumulate":       (       1,           1,       1),   # such micro-batches to an optimizer step
     "embedding_lr":     (     0.9,         0.6,    0.15),   # AdamW, token and value embeddings; x (width / 768)^-0.5
-    "table_eps":        (     0.0,         0.0,     1.0),   # eps of AdamW on these and bigrams, in their gradient's rms: slows rare rows
+    "table_eps":        (     0.0,         0.0,     1.0),   # eps of these and the bigrams, in root mean squares of their gradient: slows rare rows
     "embedding_decay":  (   0.003,       0.003,    0.01),   # weight decay of the same
     "bigram_lr":        (     0.0,         0.0,     0.3),   # AdamW, bigram table; x (width / 768)^-0.5
     "head_lr":          (   0.005,       0.005,   0.008),   # AdamW, head; likewise
     "scalar_lr":        (     0.1,         0.1,     0.1),   # AdamW, gates and residual weights
-    "near_lr":          (    0.02,        0.02,    0.02),   # AdamW, weights of the tokens just before
+    "near_lr":          (     0.0,         0.0,    0.02),   # AdamW, weights of that convolution
     "matrix_lr":        (    0.04,        0.04,    0.03),   # Muon, every matrix in the blocks
     "matrix_decay":     (     0.2,         0.2,     0.1),   # of the matrices, cautious, falling to 0 over the run
     "warmdown":         (    0.75,         0.6,     0.6),   # last share of the time, in which rates fall linearly
@@ -201,12 +202,15 @@ def drop(x, share):
 
 
 def look_back(x, weights):
-    """x (B, T, width) plus the tokens just before, each channel with its own weights (n, width): a causal convolution (Primer, Canon layers)."""
+    """
+    x (B, T, width) plus the n tokens before each, every channel with weights of its own (n, width), oldest first: a causal
+    convolution (after Primer, arXiv 2109.08668). By it a shallow model sees phrases without spending attention on them.
+    """
+    if weights is None:
+        return x
     n, T = weights.size(0), x.size(1)
     before = F.pad(x, (0, 0, n, 0))
-    for j in range(n):
-        x = x + weights[j] * before[:, j:j + T]
-    return x
+    return x + sum(weights[j] * before[:, j:j + T] for j in range(n))
 
 
 class Attention(nn.Module):
@@ -238,7 +242,7 @@ class Block(nn.Module):
     def __init__(self, h, attend, window, gated):
         super().__init__()
         self.attention, self.mlp = Attention(h, attend, window, gated), MLP(h)
-        self.near = nn.Parameter(torch.empty(2, 3, h.width))    # of look_back, before attention and before the MLP
+        self.near = nn.Parameter(torch.empty(2, h.look_back, h.width)) if h.look_back else None
         self.mix = nn.Parameter(torch.empty(3))             # weights of the stream, of x0 and of the bigram embedding
 
     def forward(self, x, x0, bigram, values, cos, sin):
@@ -246,7 +250,7 @@ class Block(nn.Module):
         x = mix[0] * x + mix[1] * x0
         if bigram is not None:
             x = x + mix[2] * bigram
-        near = self.near.to(x.dtype)
+        near = (None, None) if self.near is None else self.near.to(x.dtype)
         x = x + self.attention(look_back(norm(x), near[0]), values, cos, sin)
         return x + self.mlp(look_back(norm(x), near[1]))
 
@@ -414,8 +418,9 @@ def adamw_update(p, g, m, v, step, lr, betas, eps, decay):
           weight_decay=decay, amsgrad=False, maximize=False)
 
 
-def root_mean(v):
-    return v.mean().sqrt().item()
+def usual(v, share):
+    """That share of the root mean square of a table's gradients; v: the running mean squares."""
+    return share * v.mean().sqrt().item() if share else 0.0
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -449,12 +454,11 @@ class MuonAdamW(torch.optim.Optimizer):
                 g = g.coalesce()
                 rows = g.indices()[0]
                 q, m, v = (table[rows] for table in tables)
-                adamw_update(q, g.values(), m, v, state["step"], lr, betas, eps + table_eps * root_mean(v), decay)
+                adamw_update(q, g.values(), m, v, state["step"], lr, betas, eps + usual(v, table_eps), decay)
                 for table, new in zip(tables, (q, m, v)):
                     table[rows] = new
             else:
-                usual = root_mean(state["v"]) if table_eps else 0.0
-                adamw_update(p, g, *tables[1:], state["step"], lr, betas, eps + table_eps * usual, decay)
+                adamw_update(p, g, *tables[1:], state["step"], lr, betas, eps + usual(state["v"], table_eps), decay)
 
 
 def make_optimizer(model, h, dtype):
@@ -466,8 +470,9 @@ def make_optimizer(model, h, dtype):
     groups = [common | dict(params=[model.embed.weight, *model.values.parameters()], lr=scale * h.embedding_lr,
                              decay=h.embedding_decay, table_eps=h.table_eps),
               common | dict(params=[model.head.weight], lr=scale * h.head_lr),
-              common | dict(params=scalars, lr=h.scalar_lr),
-              common | dict(params=[p for name, p in blocks if name.endswith("near")], lr=h.near_lr)]
+              common | dict(params=scalars, lr=h.scalar_lr)]
+    if h.look_back:
+        groups.append(common | dict(params=[p for name, p in blocks if name.endswith("near")], lr=h.near_lr))
     if model.bigram is not None:
         groups.append(common | dict(params=[model.bigram.weight], lr=scale * h.bigram_lr, table_eps=h.table_eps))
     matrices = [p for name, p in blocks if not name.endswith(("mix", "near", "gate.weight"))]

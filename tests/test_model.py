@@ -67,6 +67,7 @@ def test_a_window_limits_what_a_layer_sees():
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
+        model.blocks[0].near.zero_()                    # of look_back, which sees three tokens more
     block = model.blocks[0]
     x = torch.randn(1, 32, 64)
     values = torch.randn(1, 32, 64)
@@ -75,6 +76,13 @@ def test_a_window_limits_what_a_layer_sees():
     cos, sin = model.cos, model.sin
     moved = (block(x, x, None, values, cos, sin) - block(changed, changed, None, values, cos, sin)).abs().amax((0, 2))
     assert (moved[:10] == 0).all() and (moved[10:14] > 0).all() and (moved[14:] == 0).all()
+
+
+def test_look_back_is_a_causal_depthwise_convolution():
+    x, weights = torch.randn(2, 20, 6), torch.randn(3, 6)
+    kernel = torch.cat([weights, torch.ones(1, 6)]).T[:, None]      # oldest first, then the token itself
+    wanted = torch.nn.functional.conv1d(torch.nn.functional.pad(x.mT, (3, 0)), kernel, groups=6).mT
+    torch.testing.assert_close(train.look_back(x, weights), wanted)
 
 
 def test_rotary_depends_on_the_distance_alone():

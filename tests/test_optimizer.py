@@ -39,6 +39,30 @@ def test_sparse_adamw_updates_the_rows_looked_up_as_torch_would_and_no_others():
     assert (table.weight[others] == before[others]).all()
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_eps_of_a_table_is_the_root_mean_square_of_its_gradients(sparse):
+    """torch's AdamW with that eps, set anew for each step; and a row that is seen seldom moves less than by the rate."""
+    torch.manual_seed(0)
+    numbers = dict(lr=0.1, betas=(0.8, 0.95), eps=1e-10)
+    table = torch.nn.Embedding(4, 3, sparse=sparse)
+    alone = torch.nn.Parameter(table.weight.detach().clone())
+    a = train.MuonAdamW([dict(kind="adamw", params=[table.weight], decay=0.1, table_eps=2.0, **numbers)])
+    b = torch.optim.AdamW([alone], weight_decay=0.1, **numbers)
+    ids = torch.tensor([0, 0, 0, 0, 1, 2, 3])
+    for _ in range(30):
+        weight = 1 + 0.1 * torch.randn(7, 1)
+        (table(ids) * weight).sum().backward()
+        alone.grad = torch.zeros(4, 3).index_add_(0, ids, weight.expand(7, 3))
+        b.param_groups[0]["eps"] = 1e-10 + 2 * (b.state[alone]["exp_avg_sq"].mean().sqrt().item() if b.state else 0)
+        before = table.weight.detach().clone()
+        a.step()
+        b.step()
+        a.zero_grad()
+    torch.testing.assert_close(table.weight, alone)
+    moved = (table.weight - before * (1 - 0.1 * 0.1)).abs().mean(dim=1)
+    assert moved[0] > 2 * moved[1] > 0
+
+
 @pytest.mark.parametrize("shape", [(2, 32, 32), (3, 64, 16), (1, 16, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_orthogonalise_keeps_the_singular_vectors_and_evens_the_values(shape, dtype):
