@@ -501,6 +501,7 @@ def choose_compiler(device):
     compiled = lambda function: torch.compile(function, dynamic=False)
     torch._inductor.config.cpp.vec_isa_ok = True        # believe the processor's flags: proving them takes 12 s
     torch._inductor.config.deterministic = True         # choose no kernel by timing it: two runs use the same ones
+    torch._inductor.config.aot_inductor.enable_line_tables = False    # no line numbers for a debugger: they take 1 s
     try:
         if device.type != "mps":
             compiled(lambda x: x * 2 + 1)(torch.ones(8, device=device))
