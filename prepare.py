@@ -121,9 +121,13 @@ def device_name(device):
     """The device in words. Two processors make different runs of one budget, so the journal tells them apart."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = platform.processor() or platform.machine()
+    model, cpu = platform.processor() or platform.machine(), {}
     with suppress(OSError):
-        model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), model)
+        for line in open("/proc/cpuinfo"):
+            key, _, value = line.partition(":")
+            cpu.setdefault(key.strip(), value.strip())
+    if "model name" in cpu:                             # a cloud may give two generations one name
+        model = cpu["model name"] + (f", family {cpu['cpu family']} model {cpu['model']}" if "cpu family" in cpu else "")
     return f"{device.type} ({model}, {os.cpu_count()} cores)"
 
 

@@ -1,5 +1,6 @@
 """What the GPU paths do, as far as a CPU can tell: every choice of attention, memory, shapes and dtypes on fake CUDA tensors."""
 
+import io
 import json
 import os
 import types
@@ -346,3 +347,15 @@ def test_a_driver_without_a_gpu_is_none(tmp_path, monkeypatch):
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert prepare.unused_driver() == ""
+
+
+def test_the_device_tells_processor_generations_apart(monkeypatch):
+    def name(cpuinfo):
+        monkeypatch.setattr(prepare, "open", lambda *_: io.StringIO(cpuinfo), raising=False)
+        return prepare.device_name(torch.device("cpu"))
+
+    zen3, zen4 = ("".join(f"processor\t: {core}\ncpu family\t: 25\nmodel\t\t: {model}\nmodel name\t: AMD EPYC\n\n" for core in (0, 1))
+                  for model in (1, 17))
+    assert name(zen3).startswith("cpu (AMD EPYC, family 25 model 1, ")
+    assert name(zen4).startswith("cpu (AMD EPYC, family 25 model 17, ")
+    assert name("processor\t: 0\nBogoMIPS\t: 50.00\n") == f"cpu ({prepare.platform.processor() or prepare.platform.machine()}, {os.cpu_count()} cores)"
