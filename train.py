@@ -10,7 +10,10 @@ metric, the seed) may not: it makes the numbers of different versions of this fi
 import ctypes
 import math
 import shutil
+import threading
 import time
+from contextlib import suppress
+from contextvars import copy_context
 from types import SimpleNamespace
 
 import torch
@@ -496,21 +499,42 @@ def schedule(optimizer, h, step, progress):
 # ------------------------------------------------------------------------------------------------
 # Compilation, and the speed that the device could have
 
+class Compiled:
+    """A function through torch.compile; the function as it is from the first call on where that does not work."""
+
+    def __init__(self, function):
+        self.function, self.call = function, torch.compile(function, dynamic=False)
+
+    def __call__(self, *arguments):
+        try:
+            return self.call(*arguments)
+        except torch._dynamo.exc.ShortenTraceback as error:     # a compiler is missing, fails, or is none for this card
+            if prepare.out_of_memory(error):
+                raise
+            reason = type(getattr(error, "inner_exception", error)).__name__ if shutil.which("c++") else "no C++ compiler"
+            print(f"compile: {self.function.__qualname__} runs eager ({reason})")
+            self.call = self.function
+            return self.call(*arguments)
+
+
+def compile_header():
+    """The header of every kernel takes a C++ compiler 5 to 8 s: with this, on a second core while Python traces the model."""
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+    with suppress(Exception):                               # the first kernel will meet it again, and Compiled say so
+        CppPythonBindingsCodeCache.load_pybinding(["float*"], 'extern "C" void kernel(float*) {}')
+
+
 def choose_compiler(device):
-    """torch.compile where it works, else a function that changes nothing. Blocks share one compilation."""
-    compiled = lambda function: torch.compile(function, dynamic=False)
+    """torch.compile, except on MPS: there a function that changes nothing. Blocks share one compilation."""
+    if device.type == "mps":
+        print("compile: eager (not on MPS)")
+        return lambda function: function
     torch._inductor.config.cpp.vec_isa_ok = True        # believe the processor's flags: proving them takes 12 s
     torch._inductor.config.deterministic = True         # choose no kernel by timing it: two runs use the same ones
     torch._inductor.config.aot_inductor.enable_line_tables = False    # no line numbers for a debugger: they take 1 s
-    try:
-        if device.type != "mps":
-            compiled(lambda x: x * 2 + 1)(torch.ones(8, device=device))
-            return compiled
-        reason = "not on MPS"
-    except Exception as error:
-        reason = "no C++ compiler" if not shutil.which("c++") else type(error).__name__
-    print(f"compile: eager ({reason})")
-    return lambda function: function
+    if device.type == "cpu":                            # in this thread's context, which holds these settings
+        threading.Thread(target=copy_context().run, args=(compile_header,), daemon=True).start()
+    return Compiled
 
 
 PEAK_FLOPS = {          # dense bfloat16 products added in float32, by NVIDIA's data sheets; parts of the device's name

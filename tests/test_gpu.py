@@ -3,15 +3,19 @@
 import io
 import json
 import os
+import subprocess
+import sys
 import types
 
 import pytest
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.exc import GPUTooOldForTriton
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import prepare
 import train
-from children import program
+from children import ROOT, program
 from test_model import dense_attention, qkv
 from test_optimizer import small_model
 
@@ -321,6 +325,42 @@ def test_compiled_kernels_are_not_chosen_by_timing_them(monkeypatch, capsys):
     monkeypatch.setattr(torch._inductor.config, "deterministic", False)
     train.choose_compiler(torch.device("cpu"))
     assert torch._inductor.config.deterministic and capsys.readouterr().out == ""
+
+
+def failing(error):
+    """What torch.compile would make of a function, on a machine where its first call fails."""
+    def call(*arguments):
+        raise error
+    return lambda function, dynamic: call
+
+
+def test_a_card_that_triton_does_not_serve_runs_eager_and_says_so_once(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", failing(GPUTooOldForTriton(types.SimpleNamespace(name="GTX 1080", major=6, minor=1), None)))
+    double = train.Compiled(lambda x: 2 * x)
+    assert (double(3), double(4)) == (6, 8)
+    assert capsys.readouterr().out.count("runs eager (GPUTooOldForTriton)") == 1
+
+
+def test_memory_that_ends_while_compiling_is_not_taken_for_a_missing_compiler(monkeypatch):
+    monkeypatch.setattr(torch, "compile", failing(BackendCompilerFailed(len, torch.OutOfMemoryError("CUDA out of memory"), None)))
+    with pytest.raises(BackendCompilerFailed, match="out of memory"):
+        train.Compiled(len)([])
+
+
+def test_the_header_that_a_thread_compiles_is_that_of_the_kernels(tmp_path):
+    """In a child, where no header is there yet: one is made, not one by the thread and one by the kernel."""
+    code = """if True:
+        import threading, torch, train
+        compiled = train.choose_compiler(torch.device("cpu"))
+        print(compiled(lambda x: x * 2 + 1)(torch.ones(64)).sum().item())
+        for thread in threading.enumerate():
+            if thread.name.endswith("(run)"):
+                thread.join()
+    """
+    environment = os.environ | {"TMPDIR": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "kernels")}
+    output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, text=True, capture_output=True)
+    assert output.stdout == "192.0\n", output.stderr
+    assert len(list(tmp_path.rglob("precompiled_headers/*.gch"))) == 1
 
 
 def test_eager_on_mps_is_said(capsys):
