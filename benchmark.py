@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 
 import numpy as np
 import torch
@@ -136,7 +137,8 @@ def grid(h, device, float32):
             shape = base | {name: value}
             changed = argparse.Namespace(**vars(h) | {key: shape[key] for key in ("width", "depth", "vocab_size")})
             changed.device_rows = 4096 // shape["context"]
-            tokens, flops = Step(changed, shape["context"], device).speed()
+            with redirect_stdout(None):                 # what train.py says of its attention is the same each time
+                tokens, flops = Step(changed, shape["context"], device).speed()
             print(f"  {name + ' ' + str(value):<16}{tokens:>10,.0f} tokens/s {100 * flops / float32:5.0f}%", flush=True)
 
 

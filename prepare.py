@@ -921,7 +921,7 @@ def describe_run(dataset, vocab_size, device, val_sha256):
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": git("rev-parse", "--short", "HEAD").decode().strip(),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", ".", ":!program.md")),   # that is the human's, at any time
         "train_sha256": file_sha256(sys.argv[0]) if Path(sys.argv[0]).is_file() else None,
         "prepare_sha256": file_sha256(__file__),
         "prepare_changed": committed != Path(__file__).read_bytes() if committed else None,

@@ -332,9 +332,11 @@ def test_cheat_by_a_changed_prepare_is_said(small_cache, tmp_path):
     shutil.copytree(small_cache, tmp_path / "cache")
     (tmp_path / "train.py").write_text(patched((ROOT / "train.py").read_text(), SMALL))
     (tmp_path / "prepare.py").write_text((ROOT / "prepare.py").read_text())
+    (tmp_path / "program.md").write_text("Try the optimizer first.")
     git("init", "-q")
-    git("add", "train.py", "prepare.py")
+    git("add", "train.py", "prepare.py", "program.md")
     git("commit", "-qm", "as it was")
+    (tmp_path / "program.md").write_text("Leave the optimizer alone.")     # what a human writes at night makes no run doubtful
 
     def run():
         text = forked(tmp_path / "train.py", AUTORESEARCH_CACHE_DIR=tmp_path / "cache", AUTORESEARCH_TIME_BUDGET=1).stdout

@@ -56,9 +56,19 @@ CONTRADICTIONS = [
 
 def test_a_night(execute):
     text = execute(NIGHT, JOURNAL)
-    assert "8 experiments" in text and "baseline 1.300000 over 3 runs, standard deviation 0.001000" in text
+    assert "8 experiments" in text and "baseline 1.300000 over 3 runs, noise 0.001000" in text
     assert "#7 ffffff6" in text and "no number (FAIL: causality)" in text
     assert "twice the steps: held up" in text and "lucky: not on the sealed text" in text
+
+
+def test_repeated_runs_count_in_the_noise_and_by_their_mean(execute):
+    """By hand: the baseline's runs lie -1, 0, -2 and 3 thousandths from their mean, the kept commit's -1 and 1: root of 16 / 4."""
+    again = ["aaaaaa1\t1.304000\t1.0\tkeep\tagain, seed 42", "bbbbbb2\t1.282000\t1.1\tkeep\tagain, seed 42"]
+    journal = JOURNAL[:5] + [run_line("aaaaaa1", 1.304, 1.284), run_line("bbbbbb2", 1.282, 1.264)]
+    text = execute(NIGHT[:3] + again[:1] + NIGHT[3:5] + again[1:], journal)
+    assert "baseline 1.301000 over 4 runs, noise 0.002000, margin 0.010000" in text
+    assert "val_bpb 1.3020 -> 1.2810: a gain of 0.0210, 2.1 times the margin" in text
+    assert "1.2820 -> 1.2630: a gain of 0.0190; 90% held up" in text and "Every row agrees" in text
 
 
 def test_a_night_that_moves_to_another_machine(execute, monkeypatch):
@@ -71,8 +81,8 @@ def test_a_night_that_moves_to_another_machine(execute, monkeypatch):
     journal += [run_line("bbbbbb2", 1.38, 1.36, device="slow"), run_line("bbbbbb2", 1.382, 1.362, seed=43, device="slow"),
                 run_line("1111111", 1.36, 1.345, device="slow"), run_line("2222222", 1.37, 1.35, device="fast")]
     text = execute(NIGHT[:4] + moved, journal)
-    assert "baseline 1.300000 over 3 runs, standard deviation 0.001000, margin 0.005000 on fast" in text
-    assert "baseline 1.381000 over 2 runs, standard deviation 0.001414, margin 0.007071 on slow" in text
+    assert "baseline 1.300000 over 3 runs, noise 0.001000, margin 0.005000 on fast" in text
+    assert "baseline 1.381000 over 2 runs, noise 0.001414, margin 0.007071 on slow" in text
     assert "val_bpb 1.3000 -> 1.2800: a gain of 0.0200" in text and "val_bpb 1.3800 -> 1.3600: a gain of 0.0200" in text
     assert "1.3600 -> 1.3450: a gain of 0.0150; 75% held up" in text
     assert "#7 2222222 ran on fast: not to be compared" in text and "#6 1111111 ran on" not in text
