@@ -66,8 +66,8 @@ def test_repeated_runs_count_in_the_noise_and_by_their_mean(execute):
     again = ["aaaaaa1\t1.304000\t1.0\tkeep\tagain, seed 42", "bbbbbb2\t1.282000\t1.1\tkeep\tagain, seed 42"]
     journal = JOURNAL[:5] + [run_line("aaaaaa1", 1.304, 1.284), run_line("bbbbbb2", 1.282, 1.264)]
     text = execute(NIGHT[:3] + again[:1] + NIGHT[3:5] + again[1:], journal)
-    assert "baseline 1.301000 over 4 runs, noise 0.002000, margin 0.010000" in text
-    assert "val_bpb 1.3020 -> 1.2810: a gain of 0.0210, 2.1 times the margin" in text
+    assert "baseline 1.301000 over 4 runs, noise 0.002000, margin 0.007000" in text
+    assert "val_bpb 1.3020 -> 1.2810: a gain of 0.0210, 3.0 times the margin" in text
     assert "1.2820 -> 1.2630: a gain of 0.0190; 90% held up" in text and "Every row agrees" in text
 
 
