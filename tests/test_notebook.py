@@ -80,7 +80,8 @@ def test_a_night_that_moves_to_another_machine(execute, monkeypatch):
     journal = [line | {"device": "fast"} for line in JOURNAL[:4]]
     journal += [run_line("bbbbbb2", 1.38, 1.36, device="slow"), run_line("bbbbbb2", 1.382, 1.362, seed=43, device="slow"),
                 run_line("1111111", 1.36, 1.345, device="slow"), run_line("2222222", 1.37, 1.35, device="fast")]
-    text = execute(NIGHT[:4] + moved, journal)
+    named = [row.replace("baseline", "baseline on fast") for row in NIGHT[:3]]
+    text = execute(named + NIGHT[3:4] + moved, journal)
     assert "baseline 1.300000 over 3 runs, noise 0.001000, margin 0.005000 on fast" in text
     assert "baseline 1.381000 over 2 runs, noise 0.001414, margin 0.007071 on slow" in text
     assert "val_bpb 1.3000 -> 1.2800: a gain of 0.0200" in text and "val_bpb 1.3800 -> 1.3600: a gain of 0.0200" in text
