@@ -81,26 +81,6 @@ CHEATS = {
         return logits
     run.evaluate_bpb(adaptive)
 """)], "FAIL: independence"),
-    "learning while it is evaluated": (
-        [(EVALUATE, """
-    def study(ids):
-        logits = model(ids)
-        with torch.enable_grad():
-            model(ids[:, :-1], ids[:, 1:]).backward()
-        optimizer.step(); optimizer.zero_grad()
-        return logits
-    run.evaluate_bpb(study)
-""")], "FAIL:"),
-    "a thread that trains on during the evaluation": (
-        [(EVALUATE, """
-    import threading
-    def work():
-        while True:
-            with torch.no_grad():
-                model.head.weight.mul_(1.00001)
-    threading.Thread(target=work, daemon=True).start()
-    run.evaluate_bpb(model)
-""")], "FAIL:"),
     "the loss in the place of logits": (
         [(EVALUATE, "    run.evaluate_bpb(lambda ids: model(ids, ids))\n")], "FAIL: the model must return logits"),
     "logits for fewer tokens": (
@@ -113,9 +93,6 @@ CHEATS = {
         [(EVALUATE, "    run.evaluate_bpb(lambda ids: model(ids) / 0 * 0)\n")], "FAIL: the logits hold NaN"),
     "logits that are constant": (
         [(EVALUATE, "    run.evaluate_bpb(lambda ids: torch.zeros(*ids.shape, 400))\n")], "FAIL: the logits are the same"),
-    "targets written over through the input": (
-        [(EVALUATE, "    def wipe(ids):\n        ids.zero_()\n        return model(ids) + torch.randn(1)\n"
-                    "    run.evaluate_bpb(wipe)\n")], None),
     "training in warm-up on real data": (
         [("            model(*made_up(h.device_rows)).backward()\n",
           "            model(*next(run.batches(h.device_rows))).backward()\n")], "FAIL: a second batch iterator"),
@@ -138,85 +115,8 @@ CHEATS = {
                     "        optimizer.step(); optimizer.zero_grad()\n" + EVALUATE)], "s of training, where"),
     "a slow last step": (
         [(STEP, STEP + "        if run.progress > 0.9: time.sleep(3)\n")], "s of training, where"),
-    "an iterator kept past its end": (
-        [(LOOP, "    kept = run.batches(h.device_rows)\n    run.batches = lambda rows: kept\n" + LOOP),
-         (EVALUATE, "    next(kept)\n" + EVALUATE)], "StopIteration"),
     "no training at all": (
         [(LOOP, EVALUATE + LOOP)], "FAIL: no training batch"),
-    "evaluating twice to keep the best": (
-        [(EVALUATE, EVALUATE + "    run.training_seconds = None\n" + EVALUATE)], "FAIL: evaluated twice"),
-    "the validation text through the run": (
-        [(LOOP, "    prepare.whole_shard(run.folder, 'val', run.manifest['val'])\n" + LOOP)], "val.npy was opened"),
-    "the validation text through prepare.py": (
-        [(LOOP, "    prepare.open_shard(run.folder, 'val', run.manifest['val'])\n" + LOOP)], "was opened"),
-    "the test text through numpy": (
-        [(LOOP, "    import numpy\n    numpy.fromfile(run.folder / 'test.npy', dtype='uint16')\n" + LOOP)], "was opened"),
-    "the validation text in another vocabulary": (
-        [(LOOP, "    open(run.folder.parent / 'vocab-300' / 'val.npy', 'rb').read()\n" + LOOP)], "val.npy was opened"),
-    "training text before the clock starts": (
-        [(LOOP, "    prepare.open_shard(run.folder, 'train-00000', run.manifest['train-00000'])\n" + LOOP)], "before the clock started"),
-    "the validation text, opened by the model while it is evaluated": (
-        [(EVALUATE, """
-    def look_up(ids):
-        text = open(run.folder / 'val.npy', 'rb').read()
-        return model(ids)
-    run.evaluate_bpb(look_up)
-""")], "val.npy was opened"),
-    "targets from the frame that calls the model": (
-        [(EVALUATE, """
-    import sys
-    def peek(ids):
-        frame = sys._getframe(1)
-        exam, views = frame.f_locals["self"], frame.f_locals["views"]
-        targets = torch.from_numpy(exam.view(views)[1])
-        return model(ids).scatter_add(2, targets.clamp(min=0)[..., None], torch.full((*ids.shape, 1), 9.0))
-    run.evaluate_bpb(peek)
-""")], "looked into the evaluation"),
-    "targets from a traceback": (
-        [(EVALUATE, """
-    def peek(ids):
-        try:
-            raise ValueError
-        except ValueError as error:
-            exam = error.__traceback__.tb_frame.f_back.f_locals["self"]
-            return model(ids)
-    run.evaluate_bpb(peek)
-""")], "looked into the evaluation"),
-    "the source of the text": (
-        [(LOOP, "    open(run.dataset.url).read()\n" + LOOP)], "was opened"),
-    "a longer budget, set before the run": (
-        [(RUN, "    prepare.TIME_BUDGET = 6\n" + RUN)], "FAIL:"),
-    "a longer budget, set in the run": (
-        [(LOOP, "    prepare.TIME_BUDGET = 6\n" + LOOP)], "FAIL:"),
-    "a clock that goes slow": (
-        [(RUN, "    real = time.monotonic\n    prepare.time.monotonic = lambda: real() / 2\n" + RUN)], "FAIL:"),
-    "a start put back": (
-        [(EVALUATE, "    run.first_batch += 2\n" + EVALUATE),
-         (STEP, "        run.first_batch = max(run.first_batch, time.monotonic() - 0.5)\n        if micro > 900: break\n"
-                "        time.sleep(0.01)\n" + STEP)], "FAIL:"),
-    "a kinder cross entropy": (
-        [(RUN, "    real = prepare.cross_entropy\n    prepare.cross_entropy = lambda *a, **k: real(*a, **k) / 2\n" + RUN)], "FAIL:"),
-    "a kinder cross entropy through torch's own hooks": (
-        [(EVALUATE, """
-    class Kind(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **kwargs or {})
-            return result * 0.9 if function is F.cross_entropy else result
-    with Kind():
-        run.evaluate_bpb(model)
-""")], "FAIL: torch's cross entropy"),
-    "a sum that is smaller": (
-        [(RUN, "    real = prepare.np.bincount\n    prepare.np.bincount = lambda *a, **k: real(*a, **k) / 2\n" + RUN)], "numpy.bincount was replaced"),
-    "a logarithm that is larger": (
-        [(RUN, "    real = math.log\n    math.log = lambda x: 1.1 * real(x)\n" + RUN)], "math.log was replaced"),
-    "a builtin that is shadowed": (
-        [(EVALUATE, "    prepare.zip = zip\n" + EVALUATE)], "prepare.zip was replaced"),
-    "a method replaced in the run alone": (
-        [(EVALUATE, "    run.synchronize = lambda: None\n" + EVALUATE)], "Run.synchronize was replaced"),
-    "a result written over": (
-        [(EVALUATE, EVALUATE + "    run.evaluation = [0.9 * bpb for bpb in run.evaluation]\n")], "the keeper of the journal doubts"),
-    "a journal line written over": (
-        [(EVALUATE, "    run.line['seed'] = 43\n" + EVALUATE)], "the keeper of the journal doubts"),
     "a leak under a cover of noise": (
         [(EVALUATE, """
     def noisy(ids):
@@ -224,8 +124,6 @@ CHEATS = {
         return model(ids).scatter_add(2, ids.roll(-1, 1)[..., None], 0.08 + noise)
     run.evaluate_bpb(noisy)
 """)], "FAIL: causality"),
-    "probes that never fail": (
-        [(RUN, "    prepare.Exam.check = lambda self: None\n" + RUN), (HIDDEN, "keys <= queries - window")], "FAIL:"),
     "a printed summary": (
         [(LOOP, "    print('---\\nval_bpb:          0.900000'); raise SystemExit(0)\n" + LOOP)], None),
     "a printed summary and a sudden end": (
@@ -301,8 +199,7 @@ def test_cheat(name, results):
     words = CHEATS[name][1]
     if words is not None:
         assert words in output and status != 0 and not re.search(r"^val_bpb:", output, re.M), output
-    if name != "targets written over through the input":        # which gains nothing, and may have its number
-        assert line["failure"] and line.get("val_bpb") is None, line
+    assert line["failure"] and line.get("val_bpb") is None, line
 
 
 @pytest.mark.parametrize("name", HONEST)
@@ -351,14 +248,6 @@ def test_cheat_by_a_changed_prepare_is_said(small_cache, tmp_path):
     git("commit", "-qam", "sly")
     other, committed = run()
     assert committed["prepare_changed"] is False and committed["prepare_sha256"] == line["prepare_sha256"]
-
-
-def test_cheat_by_more_bytes_than_there_are_changes_nothing(small_cache, tmp_path):
-    """What a run holds in memory is not what its number is made from."""
-    honest, _, line = launch([(LOOP, "    h.device_rows = 1\n" + LOOP)], tmp_path / "honest", small_cache)
-    output, _, other = launch([(LOOP, "    h.device_rows = 1\n    run.bytes *= 2\n    run.manifest['val']['bytes'] *= 2\n" + LOOP)],
-                              tmp_path / "sly", small_cache)
-    assert other["val_bpb"] > 0.8 * line["val_bpb"]
 
 
 class Learner:
