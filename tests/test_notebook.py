@@ -98,6 +98,37 @@ def test_a_row_that_the_journal_contradicts_is_named(change, words, execute):
     assert "#3 bbbbbb2" in text and words in text
 
 
+def test_what_was_verified_comes_first_and_is_laid_beside_nothing_else(execute):
+    """By hand: means 1.31 and 1.29; a run on another text is no gain, a failed one no number, and none of them a row's."""
+    def verified(commit, val, **more):
+        return run_line(commit, val, val and val - 0.02, **dict(verified=True, isolated=True, device="cpu", val_text_sha256="t") | more)
+
+    lines = [verified("aaaaaa1", 1.30, seed=7), verified("aaaaaa1", 1.32, seed=8), verified("bbbbbb2", 1.28, seed=7),
+             verified("bbbbbb2", 1.30, seed=8), verified("eeeeee5", 1.10, isolated=False, val_text_sha256="u"),
+             verified("ffffff6", None, failure="FAIL: causality")]
+    text = execute(NIGHT, JOURNAL + lines)
+    assert "aaaaaa1: val_bpb 1.310000, sealed 1.290000, standard deviations 0.0141 and 0.0141, over 2 seeds on cpu" in text
+    assert "bbbbbb2: val_bpb 1.290000" in text and "a gain of +0.0200 over aaaaaa1, on the sealed text +0.0200" in text
+    assert "over 1 seeds on cpu; NOT isolated" in text and text.count("a gain of +") == 1
+    assert "ffffff6 on seed 42 got no number: FAIL: causality" in text
+    assert text.index("aaaaaa1: val_bpb") < text.index("baseline 1.300000 over 3 runs")
+    assert "which was told" not in text and "8 runs in the journal\n" in text
+
+
+def test_outliers_and_commits_that_ran_more_often_than_they_have_rows_are_named(execute):
+    usual = dict(startup_cpu_seconds=20.0, startup_seconds=10.0, evaluation_seconds=10.0, val_text_sha256="t", sealed=True)
+    journal = [line | usual for line in JOURNAL]
+    journal[3] |= dict(startup_cpu_seconds=200.0, evaluation_seconds=70.0)
+    journal[4] |= dict(val_text_sha256="u", sealed=False)
+    journal.append(run_line("bbbbbb2", 1.29, 1.27) | usual)
+    text = execute(NIGHT, journal)
+    assert "bbbbbb2 at 2026-11-24T01:00:00+0000: 200 s of processor time before the first batch, usually 20" in text
+    assert "70 s of evaluation, usually 10" in text and text.count("what was it doing") == 2
+    assert "bbbbbb2 ran 2 times with a number and has 1 row: which was told?" in text and text.count("which was told") == 1
+    assert "another text to evaluate" in text and "not sealed" in text
+    assert "#4 cccccc3 was evaluated on another text: not to be compared" in text
+
+
 @pytest.mark.parametrize("rows,journal", [
     (None, None), ([], None), ([], []), (NIGHT[:1], JOURNAL[:1]), (["dddddd4\t0.000000\t0.0\tcrash\ta typo"] * 3, []), (NIGHT, None)])
 def test_little_or_nothing_to_read(rows, journal, execute):

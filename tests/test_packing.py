@@ -5,7 +5,7 @@ import random
 import numpy as np
 from hypothesis import given, settings, strategies as st
 
-import prepare
+import referee
 
 
 @settings(max_examples=300, deadline=None)
@@ -13,7 +13,7 @@ import prepare
 def test_packing_covers_every_token_and_invents_none(lengths, capacity, seed):
     starts = np.cumsum([0, *lengths])
     documents = ((count, 0, int(start)) for count, start in zip(lengths, starts))
-    rows = list(prepare.pack(documents, capacity, random.Random(seed)))
+    rows = list(referee.pack(documents, capacity, random.Random(seed)))
     seen = np.zeros(starts[-1], dtype=int)
     for row in rows:
         filled = sum(count + 1 for _, _, count in row)
@@ -29,7 +29,7 @@ def test_packing_covers_every_token_and_invents_none(lengths, capacity, seed):
 def test_best_fit_takes_the_longest_piece_that_fits():
     documents = [(5, 0, 0), (3, 0, 5), (2, 0, 8)]       # the row of 10 holds 5 + 1, and then 3 + 1
     for seed in range(20):
-        row = next(prepare.pack(iter(documents), 10, random.Random(seed)))
+        row = next(referee.pack(iter(documents), 10, random.Random(seed)))
         if row[0][2] == 5:
             assert [piece[2] for piece in row] == [5, 3]
             return
@@ -40,7 +40,7 @@ def fill_rows(seed, number=200, capacity=17):
     tokens = [np.arange(100, 600, dtype=np.uint16), np.arange(700, 800, dtype=np.uint16)]
     offsets = [np.array([0, 30, 31, 35, 200, 500]), np.array([0, 50, 100])]
     rows = np.empty((number, capacity), dtype=np.int64)
-    prepare.training_rows(tokens, offsets, 9999, capacity, seed)(rows)
+    referee.training_rows(tokens, offsets, 9999, capacity, seed)(rows)
     return rows
 
 
@@ -56,7 +56,7 @@ def test_rows_start_with_bos_have_no_padding_and_depend_on_the_seed_alone():
 
 def test_every_epoch_covers_the_corpus_in_another_order():
     offsets = [np.array([0, 3, 7, 12]), np.array([0, 2, 9])]
-    stream = prepare.shuffled_documents(offsets, 0)
+    stream = referee.shuffled_documents(offsets, 0)
     epochs = [tuple(next(stream) for _ in range(5)) for _ in range(8)]
     assert len({frozenset(epoch) for epoch in epochs}) == 1 and len(set(epochs)) > 1
     assert set(epochs[0]) == {(3, 0, 0), (4, 0, 3), (5, 0, 7), (2, 1, 0), (7, 1, 2)}

