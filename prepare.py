@@ -849,7 +849,7 @@ def print_summary(run, numbers, line):
             "time_budget": f"{TIME_BUDGET:g} (not comparable)" if TIME_BUDGET != COMPARABLE_BUDGET else None,
             "prepare.py": "differs from the commit (not comparable)" if run.prepare_changed else None}.items():
         if value is not None:
-            print(f"{key + ':':<20}{value}")
+            print(f"{key + ':':<17} {value}")
 
 
 class Run:
