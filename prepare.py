@@ -354,8 +354,11 @@ def up_to(size, documents, extra=0):
 
 
 def evaluated(dataset, documents):
-    """The documents that are evaluated: as many as the dataset's eval_bytes allow."""
-    return up_to(dataset.eval_bytes, documents, extra=dataset.context)
+    """The documents that are evaluated: the first, and as many more as the dataset's eval_bytes allow."""
+    documents = iter(documents)
+    for first in itertools.islice(documents, 1):
+        yield first
+        yield from up_to(dataset.eval_bytes - len(first.encode()) - dataset.context, documents, extra=dataset.context)
 
 
 def climbmix(dataset, num_shards, workers, command):

@@ -109,7 +109,7 @@ def test_climbmix_end_to_end_from_a_local_server(server, tmp_path, monkeypatch, 
         texts = [f"document {i} of shard {number}, which says little. " * 5 for i in range(700)]
         pyarrow.parquet.write_table(pyarrow.table({"text": texts}), sink, row_group_size=256, compression="zstd")
         server.files[f"/shard_{number:05d}.parquet"] = sink.getvalue().to_pybytes()
-    dataset = prepare.Dataset("climbmix", 2048, 300, "climbmix", server.url)
+    dataset = prepare.Dataset("climbmix", 2048, 300, "climbmix", server.url, eval_bytes=2_000_000)
     server.faults = [503, "cut"]
     assert prepare.prepare(dataset, 300, 2, 2, "uv run prepare.py")
     chosen = prepare.chosen_dataset()

@@ -1,5 +1,6 @@
 """prepare.py as a program: idempotent, resumable, and one clear sentence for each foreseeable mistake."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -177,7 +178,7 @@ def test_numbers_are_cut_in_at_most_two_digits(cache):
 
 
 def test_how_much_is_evaluated_is_chosen_kept_and_does_not_depend_on_the_tokenizer(tmp_path):
-    (tmp_path / "a.txt").write_text("\n\n".join(f"A short paragraph about the number {i}, and {i * i}." for i in range(40_000)))
+    (tmp_path / "a.txt").write_text("\n\n".join(f"A short paragraph about {i}, {i * i} and {hashlib.md5(str(i).encode()).hexdigest()}." for i in range(40_000)))
 
     def entries(*arguments):
         result = program("prepare.py", *arguments, AUTORESEARCH_CACHE_DIR=tmp_path / "cache")
