@@ -611,9 +611,9 @@ class Referee:
         program, here = Path(self.settings["program"]), Path(__file__).parent
         text = program.read_bytes() if program.is_file() else b""
         changed = False
-        for name in ("prepare.py", "referee.py", "seal.py"):
-            committed = git(here, "show", f"HEAD:./{name}")
-            changed |= bool(committed) and committed != (here / name).read_bytes()
+        for file in ("prepare.py", "referee.py", "seal.py"):
+            committed = git(here, "show", f"HEAD:./{file}")
+            changed |= bool(committed) and committed != (here / file).read_bytes()
         self.line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "commit": git(here, "rev-parse", "--short", "HEAD").decode().strip(),

