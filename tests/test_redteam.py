@@ -176,8 +176,8 @@ HONEST = {
                               "model = Wrapper(model)"),
     "a closure over the run": [(EVALUATE, "        run.evaluate_bpb(lambda ids: model(ids)[..., :run.vocab_size])\n")],
     # The import of torch._dynamo takes a second, which a budget of one second does not have to spare.
-    "compiled evaluation": before(LOOP, "import torch._dynamo") + [(EVALUATE, "        run.evaluate_bpb(torch.compile(model, backend='eager'))\n")],
-    "a compiled function": before(LOOP, "import torch._dynamo") + before(EVALUATE, "model.forward = torch.compile(model.forward, backend='eager')"),
+    "compiled evaluation": before(LOOP, "from torch import _dynamo") + [(EVALUATE, "        run.evaluate_bpb(torch.compile(model, backend='eager'))\n")],
+    "a compiled function": before(LOOP, "from torch import _dynamo") + before(EVALUATE, "model.forward = torch.compile(model.forward, backend='eager')"),
     "checkpointing": [(STEP, STEP.replace("model(x)", "torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)"))],
     "inspect": [(FORWARD, FORWARD + "        import inspect\n        inspect.stack(); inspect.currentframe()\n")],
     "reports of gc": [(FORWARD, FORWARD + "        import gc\n        len(gc.get_objects())\n")],
