@@ -1,8 +1,8 @@
 """
-What this machine can do, and what a run makes of it. Apart from the tests, since nothing here passes or fails.
+What this machine can do, and what a run makes of it.
 
-    uv run benchmark.py                 # about ten minutes; let nothing else run beside it
-    uv run benchmark.py --grid          # how cost grows with width, depth, context and vocabulary, some minutes more
+    uv run benchmark.py                 # minutes; let nothing else run beside it
+    uv run benchmark.py --grid          # and how cost grows with the shape of the model
 
 Timings are medians; ratios are of figures measured in the same run.
 """
@@ -20,6 +20,7 @@ from contextlib import redirect_stdout
 import numpy as np
 import torch
 
+import machine
 import prepare
 import referee
 import train
@@ -36,12 +37,12 @@ def median_seconds(function, times=9):
 
 
 def peak(device, dtype):
-    """The better of three measurements, FLOP/s."""
-    return max(train.measured_peak(device, dtype) for _ in range(3))
+    """The best of three measurements, FLOP/s."""
+    return max(machine.measured_peak(device, dtype) for _ in range(3))
 
 
 def loader_tokens_per_second(context, mean_document):
-    """Of packing and filling rows on one core, from documents of that mean length (geometric) over 20 million tokens."""
+    """Packing rows on one core, from 20 million tokens in documents of that mean length."""
     rng = np.random.default_rng(0)
     lengths = rng.geometric(1 / mean_document, 20_000_000 // mean_document)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -55,7 +56,11 @@ def tokenizer_bytes_per_second(folder):
     tokenizer = prepare.load_tokenizer(folder)
     tokens = np.load(folder / "val.npy")
     text = tokenizer.decode(tokens.tolist())
-    return len(text.encode()) / median_seconds(lambda: tokenizer.encode_to_numpy(text, disallowed_special=()), 3)
+
+    def encode():
+        tokenizer.encode_to_numpy(text, disallowed_special=())
+
+    return len(text.encode()) / median_seconds(encode, 3)
 
 
 class Step:
@@ -65,7 +70,7 @@ class Step:
         torch.manual_seed(0)
         self.h, self.context, self.device = h, context, device
         self.model, self.optimizer = train.build(h, context, device)
-        self.ids = torch.randint(0, h.vocab_size - 1, (h.device_rows, context), device=device)
+        self.ids = torch.randint(0, h.vocab_size - 1, (h.device_batch_size, context), device=device)
 
     def seconds(self, times=15):
         """Medians of forward, backward and optimizer, seconds."""
@@ -78,8 +83,7 @@ class Step:
             marks.append(time.perf_counter())
             self.optimizer.step()
             self.optimizer.zero_grad()
-            if self.device.type != "cpu":
-                getattr(torch, self.device.type).synchronize()
+            machine.synchronize(self.device)
             marks.append(time.perf_counter())
             parts.append(np.diff(marks))
         return np.median(parts[3:], axis=0)
@@ -90,10 +94,12 @@ class Step:
         return tokens, tokens * self.model.flops_per_token(self.context)
 
 
-def shares(step, seconds=60):
-    """Of the training time, the shares of the model and its optimizer, of waiting for batches, and of logging."""
+def fractions(step, seconds=60):
+    """Of the training time: model and optimizer, waiting for batches, logging."""
     prepare.TIME_BUDGET = seconds
-    run, spent, mark = prepare.Run(step.h.vocab_size), dict.fromkeys(("training", "loader", "logging"), 0.0), time.perf_counter()
+    run = prepare.Run(step.h.vocab_size)
+    spent = {"training": 0.0, "loader": 0.0, "logging": 0.0}
+    mark = time.perf_counter()
 
     def lap(name):
         nonlocal mark
@@ -101,13 +107,13 @@ def shares(step, seconds=60):
         spent[name] += now - mark
         mark = now
 
-    for number, (x, y) in enumerate(run.batches(step.h.device_rows)):
+    for number, (x, y) in enumerate(run.batches(step.h.device_batch_size)):
         if number == 0:
-            mark = time.perf_counter()              # what came before the first batch is start-up
+            mark = time.perf_counter()              # what came before is startup
         lap("loader")
         loss = step.model(x, y)
         loss.backward()
-        train.schedule(step.optimizer, step.h, number, run.progress)
+        train.set_schedule(step.optimizer, step.h, number, run.progress)
         step.optimizer.step()
         step.optimizer.zero_grad()
         lap("training")
@@ -117,30 +123,30 @@ def shares(step, seconds=60):
 
 
 def real_run(budget, **environment):
-    """train.py as a child: its summary and the seconds to the clock's start, for training and for evaluation."""
+    """train.py as a child: seconds of startup and of evaluation."""
     environment = os.environ | {"AUTORESEARCH_TIME_BUDGET": str(budget)} | environment
-    text = subprocess.run([sys.executable, "train.py"], env=environment, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT).stdout
+    result = subprocess.run([sys.executable, "train.py"], env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    text = result.stdout
     summary = dict(re.findall(r"^(\w+): +(\S+)", text, re.M))
     if "val_bpb" not in summary:
         sys.exit(f"train.py gave no number:\n{text}")
-    startup = float(summary["startup_seconds"])
-    return startup, float(summary["total_seconds"]) - float(summary["training_seconds"]) - startup
+    return float(summary["startup_seconds"]), float(summary["evaluation_seconds"])
 
 
 def grid(h, device, float32):
     """Tokens/s and MFU over shapes: one thing changed at a time."""
     print("\nhow cost grows, 4,096 tokens a step (percent of the float32 peak)")
-    base = dict(width=h.width, depth=h.depth, context=256, vocab_size=h.vocab_size)
-    for name, values in dict(width=(128, 256, 512), depth=(2, 4, 8), context=(128, 512, 2048),
-                             vocab_size=(1024, 2048, 4096, 8192)).items():
+    shapes = dict(width=(128, 256, 512), depth=(2, 4, 8), context=(128, 512, 2048),
+                  vocab_size=(1024, 2048, 4096, 8192))
+    for name, values in shapes.items():
         for value in values:
-            shape = base | {name: value}
-            changed = argparse.Namespace(**vars(h) | {key: shape[key] for key in ("width", "depth", "vocab_size")})
-            changed.device_rows = 4096 // shape["context"]
-            with redirect_stdout(None):                 # what train.py says of its attention is the same each time
-                tokens, flops = Step(changed, shape["context"], device).speed()
-            print(f"  {name + ' ' + str(value):<16}{tokens:>10,.0f} tokens/s {100 * flops / float32:5.0f}%", flush=True)
+            changed = argparse.Namespace(**vars(h) | {"context": 256} | {name: value})
+            changed.device_batch_size = 4096 // changed.context
+            with redirect_stdout(None):                 # the attention is the same each time
+                tokens, flops = Step(changed, changed.context, device).speed()
+            mfu = f"{100 * flops / float32:.0f}%"
+            print(f"  {name + ' ' + str(value):<16}{tokens:>10,.0f} tokens/s {mfu:>6}", flush=True)
 
 
 def main():
@@ -148,33 +154,37 @@ def main():
     parser.add_argument("--grid", action="store_true", help="also the table of shapes")
     arguments = parser.parse_args()
     dataset, device = prepare.chosen_dataset(), prepare.default_device()
-    h = train.hyperparameters(dataset.recipe)
-    dtype = train.compute_dtype(device)
+    h = argparse.Namespace(**train.RECIPES[dataset.recipe])
+    dtype = machine.compute_dtype(device)
 
     float32, compute = peak(device, torch.float32), peak(device, dtype)
-    print(f"peak of products     {float32 / 1e9:,.0f} GFLOP/s in float32, {compute / 1e9:,.0f} in {dtype}")
+    print(f"peak of matmuls      {float32 / 1e9:,.0f} GFLOP/s in float32, "
+          f"{compute / 1e9:,.0f} in {dtype}")
     step = Step(h, dataset.context, device)
-    parts = step.seconds()
-    tokens = step.ids.numel() / parts.sum()
+    seconds = step.seconds()
+    forward, backward, optimizer = seconds / seconds.sum()
+    tokens = step.ids.numel() / seconds.sum()
     flops = tokens * step.model.flops_per_token(dataset.context)
-    print(f"training step        {1000 * parts.sum():.0f} ms: forward {parts[0] / parts.sum():.0%}, "
-          f"backward {parts[1] / parts.sum():.0%}, optimizer {parts[2] / parts.sum():.0%}")
-    print(f"  {tokens:,.0f} tokens/s, {flops / 1e9:,.0f} GFLOP/s: MFU {flops / float32:.0%} of the float32 peak, "
-          f"{flops / compute:.0%} of the {dtype} peak")
+    print(f"training step        {1000 * seconds.sum():.0f} ms: forward {forward:.0%}, "
+          f"backward {backward:.0%}, optimizer {optimizer:.0%}")
+    print(f"  {tokens:,.0f} tokens/s, {flops / 1e9:,.0f} GFLOP/s: MFU {flops / float32:.0%} "
+          f"of the float32 peak, {flops / compute:.0%} of the {dtype} peak")
 
-    split = shares(step)
+    split = fractions(step)
     for context, mean in ((2048, 600), (256, 600)):
         speed = loader_tokens_per_second(context, mean)
-        print(f"loader, context {context:<5}{speed / 1e6:.0f}M tokens/s on one core, {speed / tokens:,.0f} times what training takes")
+        print(f"loader, context {context:<5}{speed / 1e6:.0f}M tokens/s on one core, "
+              f"{speed / tokens:,.0f} times what training takes")
     folder = prepare.folder_of(dataset, h.vocab_size)
     print(f"tokenizer            {tokenizer_bytes_per_second(folder) / 1e6:.1f} MB/s on one core")
 
-    with tempfile.TemporaryDirectory() as compilations:
-        cold, _ = real_run(5, TORCHINDUCTOR_CACHE_DIR=compilations, TMPDIR=compilations)     # torch keeps its header in TMPDIR
+    with tempfile.TemporaryDirectory() as empty:        # torch keeps compiled headers in TMPDIR
+        cold, _ = real_run(5, TORCHINDUCTOR_CACHE_DIR=empty, TMPDIR=empty)
     warm, evaluation = real_run(5)
-    print(f"start-up             {cold:.0f} s with a cold compile cache, {warm:.0f} s warm")
+    print(f"startup              {cold:.0f} s with a cold compile cache, {warm:.0f} s warm")
     print(f"evaluation           {evaluation:.0f} s, validation and sealed test together")
-    print("of 300 s             " + ", ".join(f"{300 * share:.1f} s {name}" for name, share in split.items()))
+    parts = [f"{300 * fraction:.1f} s {name}" for name, fraction in split.items()]
+    print(f"of 300 s             {', '.join(parts)}")
     if arguments.grid:
         grid(h, device, float32)
 

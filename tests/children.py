@@ -1,16 +1,23 @@
-"""Child processes for the tests: forks of a process that has torch imported already, which saves seconds each."""
+"""Child processes for the tests, forked from a process with torch imported: saves seconds each."""
 
 import multiprocessing
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+from multiprocessing.connection import wait
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+PATIENCE = 200          # seconds after which a child is killed
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "torch._dynamo", "tiktoken", "numpy", "requests"])
+# Both start() and join() collect exit statuses, of other children too. Two threads that do so at
+# the same moment can lose one.
+COLLECTING = threading.Lock()
 
 
 def script(path, arguments, cwd, environment, output):
@@ -22,24 +29,36 @@ def script(path, arguments, cwd, environment, output):
             os.dup2(file.fileno(), stream)
     import torch
     torch.set_num_threads(int(environment.get("THREADS", 2)))
-    sys.argv, sys.path[0] = [str(path), *arguments], str(path.parent)
+    sys.argv = [str(path), *arguments]
+    sys.path[0] = str(path.parent)
     runpy.run_path(str(path), run_name="__main__")
 
 
 def forked(path, *arguments, cwd=None, **environment):
-    """Run a script as a child process of its own; stdout and stderr come back as one text."""
-    settings = {name: value for name, value in os.environ.items() if name.startswith("AUTORESEARCH_")}
+    """Run a script as a child process. Its stdout and stderr come back as one text."""
+    arguments = [str(argument) for argument in arguments]
+    settings = {name: os.environ[name] for name in os.environ if name.startswith("AUTORESEARCH_")}
+    settings |= {name: str(value) for name, value in environment.items()}
+    cwd = cwd or path.parent
     with tempfile.NamedTemporaryFile("r") as output:
-        child = FORKS.Process(target=script, args=(path, [str(a) for a in arguments], cwd or path.parent,
-                                                   settings | {k: str(v) for k, v in environment.items()}, output.name))
-        child.start()
-        child.join(200)
-        if child.exitcode is None:
-            child.kill()
+        child = FORKS.Process(target=script, args=(path, arguments, cwd, settings, output.name))
+        with COLLECTING:
+            child.start()
+        wait([child.sentinel], PATIENCE)
+        with COLLECTING:
+            if child.exitcode is None:
+                child.kill()
             child.join()
         return subprocess.CompletedProcess([path], child.exitcode, output.read())
 
 
 def program(name, *arguments, cwd=ROOT, **environment):
-    """One of the two programs, by name."""
+    """Run one of the project's programs, by name."""
     return forked(cwd / name, *arguments, **environment)
+
+
+def copy_programs(folder):
+    """Copy the project's programs into a folder, all but train.py: a test writes its own."""
+    for path in ROOT.glob("*.py"):
+        if path.name != "train.py":
+            shutil.copy(path, folder)

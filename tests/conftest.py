@@ -1,32 +1,51 @@
-"""One small prepared cache for all tests, made from the embedded corpus; no GPU, no internet."""
+"""One small prepared cache for all tests, made from the embedded corpus: no GPU, no internet."""
 
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from children import ROOT, program
 
 CACHE = tempfile.TemporaryDirectory(prefix="autoresearch-tests-")
-os.environ |= {"AUTORESEARCH_CACHE_DIR": CACHE.name, "AUTORESEARCH_DEVICE": "cpu", "AUTORESEARCH_TIME_BUDGET": "10"}
+os.environ["AUTORESEARCH_CACHE_DIR"] = CACHE.name
+os.environ["AUTORESEARCH_DEVICE"] = "cpu"
+os.environ["AUTORESEARCH_TIME_BUDGET"] = "10"
 os.environ.pop("AUTORESEARCH_SEED", None)
 sys.path.insert(0, str(ROOT))
+torch.compiler.set_stance("force_eager")        # in this process; child processes compile
+
+
+def prepare_sotu(folder, *arguments):
+    """Prepare sotu at two vocabularies. The last one, 4096, is train.py's."""
+    for size in (512, 4096):
+        result = program("prepare.py", "--dataset", "sotu", "--vocab-size", size, *arguments,
+                         AUTORESEARCH_CACHE_DIR=folder)
+        assert result.returncode == 0, result.stdout
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole_cache(tmp_path_factory):
+    """A cache as `prepare.py --dataset sotu` makes it: all of the text is evaluated."""
+    return prepare_sotu(tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache():
-    """The cache folder, with sotu prepared at two vocabularies; 4096, train.py's, is the last and so the chosen one."""
-    for size in (512, 4096):
-        result = program("prepare.py", "--dataset", "sotu", "--vocab-size", size)
-        assert result.returncode == 0, result.stdout
-    return Path(CACHE.name)
+def cache(whole_cache):
+    """The cache that every program uses by default. It evaluates a fifth of the text, for speed."""
+    folder = Path(CACHE.name)
+    shutil.copytree(whole_cache / "sotu", folder / "sotu")
+    return prepare_sotu(folder, "--eval-bytes", 200_000)
 
 
 @pytest.fixture
-def run(cache, monkeypatch, tmp_path):
-    """A prepare.Run on the small vocabulary; not entered."""
+def run(cache):
+    """A prepare.Run on the small vocabulary, not entered."""
     import prepare
     run = prepare.Run(512)
     yield run

@@ -41,7 +41,8 @@ def main():
             run.log(step, loss)
             step += 1
         run.evaluate_bpb(model)
-        run.report(num_steps=step, num_params=sum(p.numel() for p in model.parameters()), depth=1, mfu_percent=0)
+        num_params = sum(p.numel() for p in model.parameters())
+        run.report(num_steps=step, num_params=num_params, depth=1, flops_per_token=0)
 
 
 if __name__ == "__main__":

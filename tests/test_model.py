@@ -4,167 +4,211 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import machine
 import train
-from test_optimizer import small_model
+from test_optimizer import recipe, small_model
+
+
+def assert_close(ours, expected, atol=1e-5, rtol=1e-4):
+    torch.testing.assert_close(ours, expected, atol=atol, rtol=rtol)
 
 
 def dense_attention(q, k, v, window):
-    """softmax(q k^T / sqrt(d)) v with a mask written out, one place at a time."""
-    T, size = q.size(1), q.size(-1)
+    """softmax(q k^T / sqrt(d)) v, one position at a time."""
+    T, head_dim = q.size(1), q.size(-1)
     y = torch.zeros_like(q)
     for t in range(T):
         first = max(0, t - window + 1)
-        scores = torch.einsum("bhd,bshd->bhs", q[:, t], k[:, first:t + 1]) / math.sqrt(size)
+        scores = torch.einsum("bhd,bshd->bhs", q[:, t], k[:, first:t + 1]) / math.sqrt(head_dim)
         y[:, t] = torch.einsum("bhs,bshd->bhd", scores.softmax(-1), v[:, first:t + 1])
     return y
 
 
-def qkv(B=2, T=24, heads=2, size=16):
+def qkv(B=2, T=24, heads=2, head_dim=16):
     torch.manual_seed(0)
-    return [torch.randn(B, T, heads, size) for _ in range(3)]
+    return [torch.randn(B, T, heads, head_dim) for _ in range(3)]
 
 
-@pytest.mark.parametrize("attend", [train.sdpa, train.blockwise])
+@pytest.mark.parametrize("attend", [machine.sdpa, machine.blockwise])
 def test_full_attention_is_the_dense_one(attend):
     q, k, v = qkv()
-    torch.testing.assert_close(attend(q, k, v, 24), dense_attention(q, k, v, 24), atol=1e-5, rtol=1e-4)
+    assert_close(attend(q, k, v, 24), dense_attention(q, k, v, 24))
 
 
 @pytest.mark.parametrize("T", [100, 128, 300, 515])
 @pytest.mark.parametrize("window", [1, 40, 129, 200, 515])
 def test_blocks_of_queries_make_no_difference(T, window):
-    """Forward and backward, in lengths that are no multiple of a block and windows that end inside one."""
+    """Forward and backward, at lengths and windows that end inside a block."""
     mine, reference = qkv(1, T), qkv(1, T)
-    for tensors, attend in ((mine, train.blockwise), (reference, dense_attention)):
+    for tensors, attend in ((mine, machine.blockwise), (reference, dense_attention)):
         for t in tensors:
             t.requires_grad_()
         attend(*tensors, window).square().sum().backward()
-    torch.testing.assert_close(train.blockwise(*mine, window), dense_attention(*reference, window), atol=1e-5, rtol=1e-4)
+    assert_close(machine.blockwise(*mine, window), dense_attention(*reference, window))
     for a, b in zip(mine, reference):
-        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
+        assert_close(a.grad, b.grad)
 
 
 def test_sdpa_refuses_a_window_that_it_would_ignore():
     with pytest.raises(AssertionError):
-        train.sdpa(*qkv(), 8)
+        machine.sdpa(*qkv(), 8)
 
 
 def test_windows_reach_the_kernel_that_skips():
-    """A kernel that honours windows gets them by pattern; one that does not gets the whole context everywhere."""
-    h = small_model()[1]
-    h.depth, h.windows, h.short_window = 5, "SSL", 8
-    windows = lambda skips: [block.attention.window for block in train.GPT(h, 32, torch.float32, dense_attention, skips).blocks]
-    assert windows(True) == [8, 8, 32, 8, 32]           # the last layer is long whatever the pattern says
+    """By the pattern where windows save time; elsewhere every layer sees the whole context."""
+    h = recipe(depth=5, window_pattern="SSL", short_window=8)
+
+    def windows(windowed):
+        model = train.GPT(h, 32, torch.float32, dense_attention, windowed)
+        return [block.attention.window for block in model.blocks]
+
+    assert windows(True) == [8, 8, 32, 8, 32]           # the last layer is long in any pattern
     assert windows(False) == [32] * 5
 
 
 def test_a_window_limits_what_a_layer_sees():
-    h = small_model()[1]
-    h.depth, h.windows, h.short_window, h.bigram_rows = 2, "S", 4, 0
+    h = recipe(window_pattern="S", short_window=4, short_conv=0)
     model = train.GPT(h, 32, torch.float32, dense_attention, True)
-    model.init_weights()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-        model.blocks[0].near.zero_()                    # of look_back, which sees three tokens more
-    block = model.blocks[0]
-    x = torch.randn(1, 32, 64)
-    values = torch.randn(1, 32, 64)
+    add_noise(model, 0.05)
+    block, x, value_embed = model.blocks[0], torch.randn(1, 32, 64), torch.randn(1, 32, 64)
     changed = x.clone()
     changed[:, 10] += 1
-    cos, sin = model.cos, model.sin
-    moved = (block(x, x, None, values, cos, sin) - block(changed, changed, None, values, cos, sin)).abs().amax((0, 2))
+
+    def outputs(x):
+        return block(x, x, None, value_embed, model.cos, model.sin)
+
+    moved = (outputs(x) - outputs(changed)).abs().amax((0, 2))
     assert (moved[:10] == 0).all() and (moved[10:14] > 0).all() and (moved[14:] == 0).all()
 
 
-def test_look_back_is_a_causal_depthwise_convolution():
-    x, weights = torch.randn(2, 20, 6), torch.randn(3, 6)
-    kernel = torch.cat([weights, torch.ones(1, 6)]).T[:, None]      # oldest first, then the token itself
-    wanted = torch.nn.functional.conv1d(torch.nn.functional.pad(x.mT, (3, 0)), kernel, groups=6).mT
-    torch.testing.assert_close(train.look_back(x, weights), wanted)
+def test_short_conv_is_a_causal_depthwise_convolution():
+    x, conv = torch.randn(2, 20, 6), train.ShortConv(6, 3)
+    torch.nn.init.normal_(conv.conv)
+    kernel = torch.cat([conv.conv, torch.ones(1, 6)]).T[:, None]    # ends with the token itself
+    expected = F.conv1d(F.pad(x.mT, (3, 0)), kernel, groups=6).mT
+    assert_close(conv(x), expected)
 
 
 def test_rotary_depends_on_the_distance_alone():
     cos, sin = train.rotary_tables(50, 16, 1e4)
     q, k = torch.randn(16), torch.randn(16)
-    at = lambda x, t: train.rotate(x[None, None, None], cos[t:t + 1], sin[t:t + 1]).flatten()
-    assert torch.dot(at(q, 7), at(k, 3)) == pytest.approx(torch.dot(at(q, 44), at(k, 40)).item(), abs=1e-4)
+
+    def at(x, t):
+        return train.rotate(x[None, None, None], cos[t:t + 1], sin[t:t + 1]).flatten()
+
+    near, far = torch.dot(at(q, 7), at(k, 3)), torch.dot(at(q, 44), at(k, 40))
+    assert near.item() == pytest.approx(far.item(), abs=1e-4)
     assert at(q, 9).norm() == pytest.approx(q.norm().item(), rel=1e-5)
 
 
-def noisy_model(**changes):
-    model, h = small_model(**changes)
+def add_noise(model, scale=0.1):
+    model.init_weights()
     torch.manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
+            p.add_(scale * torch.randn_like(p))
+
+
+def noisy_model(**changes):
+    model, _ = small_model(**changes)
+    add_noise(model)
     return model
 
 
-@pytest.mark.parametrize("recipe", train.RECIPES)
-def test_every_parameter_of_every_recipe_learns(recipe):
-    h = train.hyperparameters(recipe)
-    h.vocab_size, h.width, h.head_size, h.bigram_rows = 64, 64, 32, min(h.bigram_rows, 64)
+def random_ids(rows=2, lowest=0):
+    return torch.randint(lowest, 63, (rows, 32))
+
+
+@pytest.mark.parametrize("name", train.RECIPES)
+def test_every_parameter_of_every_recipe_learns(name):
+    h = recipe(name, vocab_size=64, width=64, head_dim=32)
+    h.bigram_rows = min(h.bigram_rows, 64)
     model = train.GPT(h, 32, torch.float32)
     model.init_weights()
-    optimizer = train.make_optimizer(model, h, torch.float32)
+    optimizer = train.make_optimizer(model, h)
     before = [p.clone() for p in model.parameters()]
-    for _ in range(3):                                  # what is zero at the start keeps what is behind it from learning
-        model(torch.randint(0, 63, (8, 32)), torch.randint(0, 63, (8, 32))).backward()
+    for _ in range(3):      # what starts at zero keeps the gradient from what is behind it
+        model(random_ids(8), random_ids(8)).backward()
         optimizer.step()
         optimizer.zero_grad()
     assert all((p != old).any() for p, old in zip(model.parameters(), before))
 
 
-@pytest.mark.parametrize("changes", [{}, {"bigram_rows": 0, "values_every": 2}])
+@pytest.mark.parametrize("changes", [{}, {"bigram_rows": 0, "value_embed_every": 2}])
 def test_the_model_is_causal_and_its_rows_are_independent(changes):
     model = noisy_model(**changes).eval()
-    ids = torch.randint(0, 63, (3, 32))
+    ids = random_ids(3)
     logits = model(ids)
     other = ids.clone()
-    other[:, 20:] = torch.randint(0, 63, (3, 12))
-    torch.testing.assert_close(model(other)[:, :20], logits[:, :20], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(model(ids[1:2]), logits[1:2], atol=1e-5, rtol=1e-4)
+    other[:, 20:] = random_ids(3)[:, 20:]
+    assert_close(model(other)[:, :20], logits[:, :20])
+    assert_close(model(ids[1:2]), logits[1:2])
     assert (model(other)[:, 20:] - logits[:, 20:]).abs().max() > 1e-3
 
 
 def test_the_loss_is_the_mean_cross_entropy_of_the_scored_targets():
-    model = noisy_model()
-    ids, targets = torch.randint(0, 63, (2, 32)), torch.randint(0, 63, (2, 32))
+    model, ids, targets = noisy_model(), random_ids(), random_ids()
     targets[0, 5:9] = -1
     p = model(ids).detach().softmax(-1)
-    by_hand = [-math.log(p[b, t, targets[b, t]]) for b in range(2) for t in range(32) if targets[b, t] >= 0]
-    assert model(ids, targets).item() == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-5)
-    assert model(ids).abs().max() < train.hyperparameters("sotu").softcap
+    nats = []
+    for b in range(2):
+        for t in range(32):
+            if targets[b, t] >= 0:
+                nats.append(-math.log(p[b, t, targets[b, t]]))
+    assert model(ids, targets).item() == pytest.approx(sum(nats) / len(nats), abs=1e-5)
+    assert model(ids).abs().max() < model.h.softcap
 
 
-def test_the_gradients_taken_by_hand_in_the_head_are_those_of_autograd():
-    model = noisy_model(bigram_rows=0)
-    ids, targets = torch.randint(0, 63, (2, 32)), torch.randint(-1, 63, (2, 32))
+@pytest.mark.parametrize("chunk_logits", [2**30, 2**10])
+def test_the_gradients_taken_by_chunks_are_those_of_torchs_cross_entropy(chunk_logits, monkeypatch):
+    monkeypatch.setitem(machine.CHUNK_LOGITS, "cpu", chunk_logits)
+    model, ids, targets = noisy_model(bigram_rows=0), random_ids(8), random_ids(8, lowest=-1)
     (3 * model(ids, targets)).backward()
-    by_hand = [p.grad.clone() for p in model.parameters()]
+    ours = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    (3 * torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), ignore_index=-1)).backward()
-    for ours, autograds in zip(by_hand, (p.grad for p in model.parameters())):
-        torch.testing.assert_close(ours, autograds, atol=1e-6, rtol=1e-3)
+    logits = model(ids).flatten(0, 1)
+    (3 * F.cross_entropy(logits, targets.flatten(), ignore_index=-1)).backward()
+    for grad, p in zip(ours, model.parameters()):
+        assert_close(grad, p.grad, atol=1e-6, rtol=1e-3)
 
 
-def test_dropout_leaves_out_whole_tokens_keeps_the_mean_and_ends_with_training():
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    model, ids, targets = noisy_model(bigram_rows=0), random_ids(8), random_ids(8)
+    gradients = []
+    for steps in (1, 4):
+        model.zero_grad()
+        for x, y in zip(ids.chunk(steps), targets.chunk(steps)):
+            (model(x, y) / steps).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for whole, parts in zip(*gradients):
+        assert_close(whole, parts, atol=1e-6)
+
+
+def test_dropout_drops_whole_tokens_keeps_the_mean_and_ends_with_training():
     torch.manual_seed(0)
-    x = torch.ones(50, 100, 3)
-    y = train.drop(x, 0.25)
+    embedding = train.Embedding(10, 3, dropout=0.25)
+    torch.nn.init.ones_(embedding.weight)
+    ids = torch.randint(0, 10, (50, 100))
+    y = embedding(ids)
     assert y.unique().tolist() == pytest.approx([0, 4 / 3])
-    assert (y == y[..., :1]).all() and y.mean() == pytest.approx(1, abs=0.03)
-    assert train.drop(x, 0.0) is x
-    model, ids = noisy_model(embed_dropout=0.5, values_dropout=0.5, bigram_dropout=0.5), torch.randint(0, 63, (2, 32))
+    assert (y == y[..., :1]).all() and y.mean().item() == pytest.approx(1, abs=0.03)
+    assert (embedding.eval()(ids) == 1).all()
+    dropouts = dict(embed_dropout=0.5, value_dropout=0.5, bigram_dropout=0.5)
+    model, ids = noisy_model(**dropouts), random_ids()
     assert (model(ids) != model(ids)).any()
     model.eval()
     assert (model(ids) == model(ids)).all()
 
 
 def test_flops_per_token_by_hand():
-    """Two blocks of width 64: q, k, v, out 4 x 64^2, MLP 8 x 64^2, gate 2 x 32; head 64 x 64; 16.5 keys on average."""
-    model, _ = small_model()
-    matrices = 2 * (12 * 64 ** 2 + 64) + 64 * 64
-    assert model.flops_per_token(32) == 6 * matrices + 12 * 64 * 2 * 16.5
+    """
+    Two blocks of width 64: q, k, v, out 4 x 64^2, MLP 8 x 64^2, gate 2 x 32, two convolutions
+    3 x 64; unembedding 64 x 64. Keys: 16.5 on average, in a window of 4 (1 + 2 + 3 + 29 x 4) / 32.
+    """
+    model, h = small_model(window_pattern="S", short_window=4)
+    weights = 2 * (12 * 64**2 + 64 + 2 * 3 * 64) + 64 * 64
+    assert model.flops_per_token(32) == 6 * weights + 12 * 64 * (16.5 + 16.5)
+    windowed = train.GPT(h, 32, torch.float32, dense_attention, True)
+    assert windowed.flops_per_token(32) == 6 * weights + 12 * 64 * (122 / 32 + 16.5)

@@ -1,0 +1,324 @@
+"""
+What this machine can do: device, precision, attention kernel, compiler, memory.
+
+Nobody edits it during research, since none of it decides what a model learns, only how fast.
+"""
+
+import ctypes
+import functools
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+# Logits computed at once, 4 bytes each. On a CPU they fit the cache.
+CHUNK_LOGITS = {"cpu": 2**22, "mps": 2**24, "cuda": 2**27}
+
+# ------------------------------------------------------------------------------------------------
+# Device
+
+def unused_driver():
+    """The version of an NVIDIA driver whose GPU torch does not see; empty where there is none."""
+    if torch.cuda.is_available() or not shutil.which("nvidia-smi"):
+        return ""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    query = subprocess.run(command, text=True, capture_output=True)
+    return query.stdout.split("\n")[0].strip() if query.returncode == 0 else ""
+
+
+def default_device():
+    """The torch device to train on: AUTORESEARCH_DEVICE, or the best one available."""
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
+    wanted = os.environ.get("AUTORESEARCH_DEVICE")
+    if not wanted and (driver := unused_driver()):
+        sys.exit(f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, does not see "
+                 f"this machine's NVIDIA GPU: its driver {driver} is probably too old. Update it, "
+                 "or train on the CPU: AUTORESEARCH_DEVICE=cpu")
+    if wanted and wanted not in available:
+        sys.exit(f"AUTORESEARCH_DEVICE: device {wanted!r} is not available; "
+                 f"available: {', '.join(available)}")
+    return torch.device(wanted or available[0])
+
+
+def synchronize(device):
+    """Wait until the device has finished all work queued on it."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+# ------------------------------------------------------------------------------------------------
+# Memory
+
+def keep_freed_memory():
+    """
+    Tell glibc, where it is the C library, to keep freed memory. By default it returns large blocks
+    to the system, and every step page-faults them in again (dev/log.md).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(-1, 2**31 - 1)      # M_TRIM_THRESHOLD
+        mallopt(-3, 2**25)          # M_MMAP_THRESHOLD, the highest value that every glibc accepts
+
+
+def out_of_memory(error):
+    """Whether the exception says that the device or the machine is out of memory."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "out of memory" in str(error) or "can't allocate memory" in str(error)
+
+
+def release_memory(device):
+    """Drop what a failed trial left behind, compiled code for its shapes included."""
+    torch._dynamo.reset()           # its limit of recompilations should not count them
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory(device):
+    """Bytes: the device's peak on CUDA, what the driver holds on MPS, the process's peak on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    import resource
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def evaluation_positions(device, vocab_size):
+    """Tokens to evaluate at once; on a GPU their float32 logits take a 16th of what is free."""
+    logits = CHUNK_LOGITS["cpu"]
+    if device.type == "cuda":
+        logits = torch.cuda.mem_get_info(device)[0] // 64
+    elif device.type == "mps":
+        free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        logits = free // 64
+    return max(1, min(logits, 2**28) // vocab_size)
+
+# ------------------------------------------------------------------------------------------------
+# Precision and peak
+
+def measured_peak(device, dtype, size=2048):
+    """FLOP/s of the best of eight square matmuls."""
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(8):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()        # item() waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def compute_dtype(device):
+    """
+    The dtype of matmuls. bfloat16 on CUDA from Ampere on, and on a CPU if it is clearly faster
+    there: some CPUs have the instructions and are slower with them, most others 50 times slower.
+    """
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu":
+        float32, bfloat16 = (measured_peak(device, dtype, 512)
+                             for dtype in (torch.float32, torch.bfloat16))
+        fast = bfloat16 > 1.2 * float32
+    else:
+        fast = False
+    return torch.bfloat16 if fast else torch.float32
+
+
+# Dense bfloat16 FLOP/s with float32 accumulation, from NVIDIA's data sheets. Keys: parts of names.
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "H100": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
+    "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "GB10": 125e12,
+    "RTX PRO 6000": 503e12, "RTX 6000 Ada": 364e12, "RTX A6000": 155e12,
+    "RTX 3060": 25.5e12, "RTX 3060 Ti": 32.4e12, "RTX 3070": 40.6e12, "RTX 3070 Ti": 43.5e12,
+    "RTX 3080": 59.5e12, "RTX 3080 Ti": 68.2e12, "RTX 3090": 71e12, "RTX 3090 Ti": 80e12,
+    "RTX 4060": 30.2e12, "RTX 4060 Ti": 44.1e12, "RTX 4070": 58.3e12, "RTX 4070 SUPER": 71e12,
+    "RTX 4070 Ti": 80.2e12, "RTX 4070 Ti SUPER": 88.2e12, "RTX 4080": 97.5e12,
+    "RTX 4080 SUPER": 104.4e12, "RTX 4090": 165.2e12, "RTX 5060": 38.4e12,
+    "RTX 5060 Ti": 47.4e12, "RTX 5070": 61.7e12, "RTX 5070 Ti": 87.9e12, "RTX 5080": 112.6e12,
+    "RTX 5090": 209.5e12,
+}
+
+
+def peak_flops(device, dtype):
+    """FLOP/s of the device's matmuls: from the table, else (a CPU, a laptop's GPU) measured."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        known = [part for part in PEAK_FLOPS if part in name]
+        if known and "Laptop" not in name:
+            return PEAK_FLOPS[max(known, key=len)]
+    return measured_peak(device, dtype)
+
+# ------------------------------------------------------------------------------------------------
+# Attention, causal. q, k, v and the result: (B, T, heads, head_dim). window: keys that a query
+# sees, its own included.
+
+def sdpa(q, k, v, window):
+    """torch's own. It does not skip what a window hides, so it only takes whole windows."""
+    assert window >= q.size(1)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def blockwise(q, k, v, window):
+    """
+    Plain matmuls, a block of queries at a time with the keys that it sees; compiled, the softmax
+    is fused. torch's own kernel has a slow backward pass on a CPU: with this one a whole step is
+    1.17 times as fast (dev/log.md).
+    """
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    T = q.size(2)
+    size = max(128, T // 4)
+    outputs = []
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        first = max(0, start + 1 - window)
+        queries = torch.arange(start, end)[:, None]
+        keys = torch.arange(first, end)
+        hidden = (keys > queries) | (keys <= queries - window)
+        scores = (q[:, :, start:end] @ k[:, :, first:end].mT).float() * q.size(-1) ** -0.5
+        weights = scores.masked_fill(hidden, -math.inf).softmax(-1).to(v.dtype)
+        outputs.append(weights @ v[:, :, first:end])
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def flash_window(T, window):
+    """The window as flash kernels take it: keys to the left (-1: all of them) and to the right."""
+    return (window - 1, 0) if window < T else (-1, 0)
+
+
+def varlen(q, k, v, window):
+    """FlashAttention-2 as torch carries it, from Ampere on; the sequences all have one length."""
+    from torch.nn.attention.varlen import varlen_attn       # here, since it takes seconds to import
+    B, T = q.shape[:2]
+    ends = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
+    window_size = flash_window(T, window)
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    return varlen_attn(q, k, v, ends, ends, T, T, window_size=window_size).unflatten(0, (B, T))
+
+
+def flash3():
+    """FlashAttention-3 for Hopper, from the hub: this version, and only from trusted publishers."""
+    import kernels
+    flash_attn_func = kernels.get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
+
+    def attend(q, k, v, window):
+        window_size = flash_window(q.size(1), window)
+        return flash_attn_func(q, k, v, causal=True, window_size=window_size)
+    return attend
+
+
+def choose_attention(device):
+    """The fastest attention that works on this device, and whether a window makes it cheaper."""
+    if device.type == "cpu":
+        print("attention: blockwise, sliding windows")
+        return blockwise, True
+    capability = (0, 0)
+    reason = f"on {device.type}"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        reason = f"CUDA capability {capability[0]}.{capability[1]}"
+    candidates = []
+    if capability == (9, 0):
+        candidates.append(("FlashAttention-3", flash3))
+    if capability >= (8, 0):
+        candidates.append(("varlen_attn", lambda: varlen))
+    for name, load in candidates:
+        try:
+            attend = load()
+            q = torch.randn(1, 128, 1, 128, device=device, dtype=torch.bfloat16, requires_grad=True)
+            attend(q, q, q, 64).sum().backward()        # some load, then fail at the first call
+            print(f"attention: {name}, sliding windows")
+            return attend, True
+        except Exception as error:      # no network, no build for this card, a kernel that fails
+            words = str(error).splitlines() or ["no reason given"]
+            print(f"attention: no {name} here ({type(error).__name__}: {words[0][:100]})")
+    print(f"attention: scaled_dot_product_attention ({reason}), every layer over the whole context")
+    return sdpa, False
+
+# ------------------------------------------------------------------------------------------------
+# Compiler
+
+def start_compiler(function):
+    """function through torch.compile; on MPS, where it is not ready, the function itself."""
+    if default_device().type == "mps":
+        print(f"compile: {function.__qualname__} runs eager (not on MPS)")
+        return function
+    from torch._inductor import config
+    config.deterministic = True         # choose no kernel by timing it: two runs use the same ones
+    config.cpp.vec_isa_ok = True        # trust the CPU's flags: trying them takes 12 s
+    config.aot_inductor.enable_line_tables = False      # no line numbers for a debugger: 1 s less
+    return torch.compile(function, dynamic=False)
+
+
+def compiled(function):
+    """
+    Decorator: compile the function at its first call. Where that does not work it runs eager, and
+    one printed line says so. A module in eval mode runs eager too: evaluation has rows of many
+    lengths, and compiling for each takes longer than it saves.
+    """
+    call = None
+
+    @functools.wraps(function)
+    def wrapper(*arguments):
+        nonlocal call
+        if not getattr(arguments[0], "training", True):
+            return function(*arguments)
+        if call is None:
+            call = start_compiler(function)
+        try:
+            return call(*arguments)
+        except torch._dynamo.exc.ShortenTraceback as error:
+            if out_of_memory(error):
+                raise
+            reason = type(getattr(error, "inner_exception", error)).__name__
+            if not shutil.which("c++"):
+                reason = "no C++ compiler"
+            print(f"compile: {function.__qualname__} runs eager ({reason})")
+            call = function
+            return function(*arguments)
+    return wrapper
+
+# ------------------------------------------------------------------------------------------------
+# Loss in chunks
+
+def in_chunks(loss):
+    """
+    A function like loss(x, weight, targets, *settings), which sums over the rows of x (N, width)
+    and targets (N,), that takes the loss of one chunk of rows after another, and each chunk's
+    gradients with it, in the forward pass. So the logits of the whole batch, by far its largest
+    tensor, never exist at once: faster on a CPU (dev/log.md), and GiBs less on a GPU.
+    """
+    gradients_and_loss = compiled(torch.func.grad_and_value(loss, argnums=(0, 1)))
+
+    class Chunks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, targets, *settings):
+            ctx.settings = len(settings)
+            chunks = 1
+            while len(x) * len(weight) / chunks > CHUNK_LOGITS[x.device.type]:
+                chunks *= 2
+            total, x_gradients, weight_gradient = 0, [], torch.zeros_like(weight)
+            for part, its_targets in zip(x.chunk(chunks), targets.chunk(chunks)):
+                gradients, value = gradients_and_loss(part, weight, its_targets, *settings)
+                total += value
+                x_gradients.append(gradients[0])
+                weight_gradient += gradients[1]
+            ctx.save_for_backward(torch.cat(x_gradients), weight_gradient)
+            return total
+
+        @staticmethod
+        def backward(ctx, gradient):
+            x_gradient, weight_gradient = ctx.saved_tensors
+            return gradient * x_gradient, gradient * weight_gradient, None, *[None] * ctx.settings
+
+    return Chunks.apply

@@ -1,0 +1,345 @@
+"""machine.py, and what the GPU paths do as far as a CPU can tell: stand-ins, fake CUDA tensors."""
+
+import json
+import os
+import platform
+import types
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor.exc import GPUTooOldForTriton
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import machine
+import prepare
+import referee
+import train
+from children import program
+from test_model import assert_close, dense_attention, qkv
+from test_optimizer import recipe
+
+CUDA = torch.device("cuda", 0)
+
+# A stand-in for FlashAttention that spells out its arguments as a mask. Some tests make it fail.
+STUB = '''
+import torch
+
+def flash_attn_func(q, k, v, causal=False, window_size=(-1, -1)):
+    {fail}
+    left, right = window_size
+    T = q.size(1)
+    distance = torch.arange(T, device=q.device)[:, None] - torch.arange(T, device=q.device)
+    mask = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    if left >= 0:
+        mask = mask & (distance <= left)
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / q.size(-1) ** 0.5
+    return torch.einsum("bhts,bshd->bthd", scores.masked_fill(~mask, float("-inf")).softmax(-1), v)
+'''
+
+
+def reference_varlen(q, k, v, ends_q, ends_k, max_q, max_k, window_size=(-1, -1)):
+    """torch's varlen_attn by its documentation: sequences between ends, (left, 0) or (-1, 0)."""
+    left, right = window_size
+    assert right == 0 and (ends_q == ends_k).all() and ends_q.dtype == torch.int32
+    window = left + 1 if left >= 0 else max_q
+    pieces = []
+    for a, b in zip(ends_q[:-1], ends_q[1:]):
+        pieces.append(dense_attention(q[None, a:b], k[None, a:b], v[None, a:b], window)[0])
+    return torch.cat(pieces)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """hub(fail): a local kernel that does `fail` when called, instead of the hub's; no network."""
+    def hub(fail="pass"):
+        for variant, backend in (("torch-universal", "cpu"), ("torch-cuda", "cuda")):
+            build = tmp_path / "build" / variant
+            build.mkdir(parents=True)
+            (build / "__init__.py").write_text(STUB.format(fail=fail))
+            (build / "metadata.json").write_text(json.dumps({
+                "name": "flash-attn3", "id": f"stub_{variant}", "version": 1, "license": "MIT",
+                "python-depends": [], "backend": {"type": backend}}))
+        monkeypatch.setenv("LOCAL_KERNELS", f"kernels-community/flash-attn3={tmp_path}")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("LOCAL_KERNELS", raising=False)
+    return hub
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """card(capability, name): a CUDA GPU, as far as anyone asks about it."""
+    def card(capability=(9, 0), name="NVIDIA H100 80GB HBM3"):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
+    return card
+
+
+@pytest.mark.parametrize("window", [8, 24])
+def test_flash3_is_the_dense_attention(hub, window):
+    hub()
+    q, k, v = qkv()
+    assert_close(machine.flash3()(q, k, v, window), dense_attention(q, k, v, window))
+
+
+@pytest.mark.parametrize("window", [8, 24])
+def test_varlen_is_the_dense_attention(monkeypatch, window):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", reference_varlen)
+    q, k, v = qkv()
+    assert_close(machine.varlen(q, k, v, window), dense_attention(q, k, v, window))
+
+
+def choose(monkeypatch):
+    """choose_attention on a CUDA device, its trial on the CPU, in float32."""
+    randn = torch.randn
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "randn", lambda *size, device, dtype, **more: randn(*size, **more))
+        return machine.choose_attention(CUDA)
+
+
+def broken(*_, **__):
+    raise RuntimeError("no kernel image is available for execution on the device")
+
+
+FLASH3, VARLEN = "FlashAttention-3", "varlen_attn"
+SDPA = "scaled_dot_product_attention"
+NO_KERNEL = "no varlen_attn here (RuntimeError: no kernel image"
+ILLEGAL = "raise RuntimeError('illegal instruction')"
+
+
+@pytest.mark.parametrize("capability,local,varlen,chosen,says", [
+    ((9, 0), "pass", reference_varlen, FLASH3, ""),
+    ((9, 0), None, reference_varlen, VARLEN, "no FlashAttention-3 here (ValueError: "), # offline
+    ((9, 0), ILLEGAL, reference_varlen, VARLEN, "no FlashAttention-3 here (RuntimeError: illegal"),
+    ((9, 0), "raise RuntimeError()", reference_varlen, VARLEN, "(RuntimeError: no reason given)"),
+    ((9, 0), None, broken, SDPA, NO_KERNEL),
+    ((8, 0), "pass", reference_varlen, VARLEN, ""),     # A100: FlashAttention-3 is for Hopper alone
+    ((8, 9), None, reference_varlen, VARLEN, ""),
+    ((12, 0), None, reference_varlen, VARLEN, ""),
+    ((12, 0), None, broken, SDPA + " (CUDA capability 12.0)", "no varlen_attn here"),
+    ((7, 5), "pass", reference_varlen, SDPA + " (CUDA capability 7.5)", "")])
+def test_every_choice_of_attention(capability, local, varlen, chosen, says,
+                                   hub, card, monkeypatch, capsys):
+    card(capability)
+    if local:
+        hub(local)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
+    attend, skips = choose(monkeypatch)
+    printed = capsys.readouterr().out
+    assert f"attention: {chosen}" in printed and says in printed
+    assert printed.count("\n") == 1 + printed.count("here (")
+    assert skips == ("scaled_dot" not in chosen)
+    q, k, v = qkv()
+    window = 8 if skips else 24                         # sdpa takes whole windows only
+    assert_close(attend(q, k, v, window), dense_attention(q, k, v, window))
+
+
+def test_attention_without_cuda(capsys):
+    assert machine.choose_attention(torch.device("mps")) == (machine.sdpa, False)
+    assert "scaled_dot_product_attention (on mps)" in capsys.readouterr().out
+    assert machine.choose_attention(torch.device("cpu")) == (machine.blockwise, True)
+    assert "blockwise" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("device,capability,dtype", [
+    ("cuda", (8, 0), torch.bfloat16),
+    ("cuda", (12, 1), torch.bfloat16),
+    ("cuda", (7, 5), torch.float32),
+    ("mps", None, torch.float32)])
+def test_precision(device, capability, dtype, card):
+    card(capability)
+    assert machine.compute_dtype(torch.device(device)) == dtype
+
+
+@pytest.mark.parametrize("bfloat16,dtype", [
+    (350e9, torch.bfloat16), (170e9, torch.float32), (3e9, torch.float32)])
+def test_precision_of_a_cpu_is_the_faster_one(bfloat16, dtype, monkeypatch):
+    peaks = {torch.bfloat16: bfloat16, torch.float32: 150e9}
+    monkeypatch.setattr(machine, "measured_peak", lambda device, dtype, size: peaks[dtype])
+    assert machine.compute_dtype(torch.device("cpu")) == dtype
+
+
+def test_the_peak_of_a_card_is_that_of_the_longest_name_that_fits(card, monkeypatch):
+    monkeypatch.setattr(machine, "measured_peak", lambda device, dtype: 1.5e12)
+    peaks = []
+    for name in ("NVIDIA H100 PCIe", "NVIDIA GeForce RTX 4090 Laptop GPU", "Some Card 9000"):
+        card(name=name)
+        peaks.append(machine.peak_flops(CUDA, torch.bfloat16))
+    assert peaks == [756e12, 1.5e12, 1.5e12]
+
+
+def flash_like(q, k, v, window):
+    """Takes what the flash kernels take."""
+    assert q.dtype == k.dtype == v.dtype == torch.bfloat16 and q.shape == k.shape == v.shape
+    assert all(t.stride(-1) == 1 for t in (q, k, v))
+    return machine.sdpa(q, k, v, q.size(1))
+
+
+def fake_model(h, device):
+    with torch.device(device):
+        model = train.GPT(h, 128, torch.bfloat16, flash_like, True)
+    model.init_weights()
+    return model
+
+
+@pytest.mark.parametrize("name", ["climbmix", "tinystories"])
+def test_shapes_and_dtypes_of_a_step_on_cuda(name):
+    """
+    Forward with loss and optimizer step on fake CUDA tensors; the backward pass, which wants a
+    driver there, on fake CPU tensors. Matmuls, keys and values are in bfloat16; weights, gradients,
+    states, logits and loss in float32.
+    """
+    h = recipe(name, depth=2)
+    with FakeTensorMode():
+        model = fake_model(h, "cuda")
+        ids = torch.zeros(2, 128, dtype=torch.int64, device="cuda")
+        logits = model(ids)
+        assert logits.shape == (2, 128, h.vocab_size)
+        assert logits.dtype == torch.float32 and logits.device.type == "cuda"
+        optimizer = train.make_optimizer(model, h)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        train.set_schedule(optimizer, h, 0, 0.0)
+        optimizer.step()
+        for state in optimizer.state.values():
+            assert all(t.dtype == torch.float32 and t.device.type == "cuda" for t in state.values())
+
+        model = fake_model(h, "cpu")
+        loss = model(ids.cpu(), ids.cpu())
+        assert loss.shape == () and loss.dtype == torch.float32
+        loss.backward()
+        assert all(p.grad.dtype == torch.float32 and p.grad.shape == p.shape
+                   for p in model.parameters())
+        train.make_optimizer(model, h).step()
+
+
+class SlowBuffer(torch.Tensor):
+    """Pinned memory whose copy is made late: when an event recorded after it is waited for."""
+    pending = []
+
+    def to(self, device, non_blocking):
+        assert non_blocking
+        copied = torch.zeros(self.shape, dtype=self.dtype)
+        self.pending.append((self.as_subclass(torch.Tensor), copied))
+        return copied
+
+
+class Event:
+    """torch.cuda.Event, for SlowBuffer."""
+
+    def record(self):
+        self.copies, SlowBuffer.pending = list(SlowBuffer.pending), []
+
+    def synchronize(self):
+        for buffer, copied in self.__dict__.pop("copies", []):
+            copied.copy_(buffer)
+
+
+def test_no_pinned_buffer_is_rewritten_while_its_copy_is_under_way(monkeypatch):
+    """All copies as late as they may be; each batch must still be what a CPU gets."""
+    def batches(device):
+        stage = prepare.stager(device, 511, (2, 257))
+        return [stage(np.full((2, 257), number)) for number in range(6)]
+
+    expected = [x.clone() for x, _ in batches(torch.device("cpu"))]
+    empty, events = torch.empty, []
+
+    def slow_empty(*size, pin_memory, **more):
+        return empty(*size, **more).as_subclass(SlowBuffer)
+
+    def new_event():
+        events.append(Event())
+        return events[-1]
+
+    monkeypatch.setattr(torch, "empty", slow_empty)
+    monkeypatch.setattr(torch.cuda, "Event", new_event)
+    found = batches(types.SimpleNamespace(type="cuda"))
+    for event in events:
+        event.synchronize()
+    assert [int(x[0, 0]) for x, _ in found] == [int(x[0, 0]) for x in expected] == list(range(6))
+
+
+def failing(error):
+    """What torch.compile would make of a function, on a machine where its first call fails."""
+    def call(*arguments):
+        raise error
+    return lambda function, dynamic: call
+
+
+def test_a_card_that_triton_does_not_serve_runs_eager_and_says_so_once(monkeypatch, capsys):
+    card = types.SimpleNamespace(name="GTX 1080", major=6, minor=1)
+    monkeypatch.setattr(torch, "compile", failing(GPUTooOldForTriton(card, None)))
+    double = machine.compiled(lambda x: 2 * x)
+    assert (double(3), double(4)) == (6, 8)
+    assert capsys.readouterr().out.count("runs eager (GPUTooOldForTriton)") == 1
+
+
+def test_memory_that_ends_while_compiling_is_not_taken_for_a_missing_compiler(monkeypatch):
+    error = BackendCompilerFailed(len, torch.OutOfMemoryError("CUDA out of memory"), None)
+    monkeypatch.setattr(torch, "compile", failing(error))
+    with pytest.raises(BackendCompilerFailed, match="out of memory"):
+        machine.compiled(len)([])
+
+
+def test_a_module_is_compiled_in_training_and_eager_in_evaluation(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda *_: calls.append(1))
+
+    class Module(torch.nn.Module):
+        @machine.compiled
+        def forward(self, x):
+            return x
+
+    module = Module()
+    assert module(3) is None and calls == [1]
+    assert module.eval()(3) == 3 and calls == [1]
+
+
+def test_eager_on_mps_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(machine, "default_device", lambda: torch.device("mps"))
+    assert machine.start_compiler(len) is len
+    assert "eager (not on MPS)" in capsys.readouterr().out
+
+
+DRIVER = "#!/bin/sh\necho 470.82.01\n"
+
+
+@pytest.mark.parametrize("command", ["prepare.py", "train.py"])
+def test_a_driver_too_old_is_said_before_anything_trains_on_the_cpu(command, tmp_path):
+    (tmp_path / "nvidia-smi").write_text(DRIVER)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    more = {"AUTORESEARCH_CACHE_DIR": tmp_path / "cache"} if command == "prepare.py" else {}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    result = program(command, PATH=path, AUTORESEARCH_DEVICE="", **more)
+    assert result.returncode == 1 and "Traceback" not in result.stdout, result.stdout
+    assert "driver 470.82.01" in result.stdout and "AUTORESEARCH_DEVICE=cpu" in result.stdout
+    assert f"torch {torch.__version__}" in result.stdout and torch.version.cuda in result.stdout
+
+
+def test_a_driver_without_a_gpu_is_none(tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho no devices were found\nexit 6\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert machine.unused_driver() == ""
+
+
+def test_the_device_tells_processor_generations_apart(monkeypatch):
+    def name(cpuinfo):
+        monkeypatch.setattr(referee.Path, "read_text", lambda path: cpuinfo)
+        return referee.processor()
+
+    epyc = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: {}\nmodel name\t: AMD EPYC\n\n"
+    assert name(epyc.format(1)).startswith("AMD EPYC, family 25 model 1, ")         # Zen 3
+    assert name(epyc.format(17)).startswith("AMD EPYC, family 25 model 17, ")       # Zen 4
+    unknown = platform.processor() or platform.machine()
+    assert name("processor\t: 0\nBogoMIPS\t: 50.00\n") == f"{unknown}, {os.cpu_count()} cores"
+
+
+@pytest.mark.parametrize("gib,most", [(3, 2 ** 26), (70, 2 ** 28)])
+def test_the_tokens_evaluated_at_once_follow_from_free_memory(gib, most, monkeypatch):
+    """A sixteenth for float32 logits: with three more tensors of their size, a quarter."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gib * 2 ** 30, 80 * 2 ** 30))
+    logits = 4 * 8192 * machine.evaluation_positions(CUDA, 8192)
+    assert logits <= gib * 2 ** 30 / 16 and logits <= 4 * most
+    assert machine.evaluation_positions(torch.device("cpu"), 4096) == 1024
