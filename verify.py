@@ -1,11 +1,11 @@
 """
-What the morning believes: commits run again, each in a sandbox, on seeds drawn now.
+Run commits again, each in a sandbox, on fresh seeds: the numbers to believe in the morning.
 
-    uv run verify.py                        # the baseline and the last kept commit of results.tsv, three seeds each
-    uv run verify.py COMMIT ... [--seeds N]
+    uv run verify.py [COMMIT ...] [--seeds N]
 
-Each run is in a clean clone, with this checkout's prepare.py and referee.py, under bubblewrap where
-the system has it: an empty home and temporary folder, no network, no text, nothing of earlier runs.
+Without commits it takes the baseline and the last kept commit of results.tsv, by default on three
+seeds each. A run is in a clean clone with this checkout's harness, under bubblewrap where the
+system has it: an empty home and temporary folder, no network, no text, nothing from earlier runs.
 The trained model is copied, and each part of the text is shown to a fresh copy in a sandbox of its
 own. A run takes about seven minutes, and nothing else may run on the machine. Its line in the
 journal is marked `verified`.
@@ -24,6 +24,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
+import decide
 import prepare
 import referee
 import seal
@@ -31,11 +32,13 @@ import seal
 import torch
 
 HERE = Path(__file__).resolve().parent
-HARNESS = "prepare.py", "referee.py", "seal.py", "verify.py"
+# decide.py too: verify.py, which shows the text to the copies, imports it
+HARNESS = "prepare.py", "machine.py", "referee.py", "seal.py", "verify.py", "decide.py"
 # bytes of a train.py that a person still reads; more may be data
 LONGEST = 100_000
-KEPT_VARIABLES = ("PATH", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
-                  "AUTORESEARCH_CACHE_DIR", "AUTORESEARCH_TIME_BUDGET", "AUTORESEARCH_DEVICE")
+KEPT_VARIABLES = (
+    "PATH", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS", "AUTORESEARCH_CACHE_DIR", "AUTORESEARCH_TIME_BUDGET", "AUTORESEARCH_DEVICE")
 
 
 def git(*arguments, folder=HERE):
@@ -46,19 +49,11 @@ def git(*arguments, folder=HERE):
     return result.stdout.strip()
 
 
-def read_results(path):
-    """The rows of results.tsv that claim a number: (commit, val_bpb, status, description)."""
-    rows = []
-    for line in path.read_text(errors="replace").splitlines()[1:] if path.exists() else []:
-        fields = line.split("\t")
-        if len(fields) == 5 and fields[3] in ("keep", "discard"):
-            rows.append((fields[0], float(fields[1]), fields[3], fields[4]))
-    return rows
-
-
 def claims(rows, commit):
     """The val_bpb that results.tsv gives for a commit: the mean of its rows, or None."""
-    return statistics.mean(values) if (values := [val for name, val, *_ in rows if commit.startswith(name)]) else None
+    values = [row.val_bpb for row in rows
+              if row.status != "crash" and decide.same_commit(row.commit, commit)]
+    return statistics.mean(values) if values else None
 
 
 def chosen(rows):
@@ -66,16 +61,18 @@ def chosen(rows):
     The baseline and the last kept commit of results.tsv; one, if nothing was kept after the
     baseline.
     """
-    kept = [name for name, _, status, _ in rows if status == "keep"]
-    if not kept:
+    sessions = decide.sessions(rows)
+    if not sessions:
         sys.exit("results.tsv has no row `keep`; name a commit: uv run verify.py COMMIT")
-    return list(dict.fromkeys([kept[0], kept[-1]]))
+    first, last = sessions[0].first.commit, sessions[-1].kept.commit
+    return [first] if first == last else [first, last]
 
 
 def trunk():
     """The branch that nights start from."""
-    names = git("for-each-ref", "--format=%(refname:short)", "refs/heads/main", "refs/heads/master", "refs/remotes/origin/main").split()
-    return names[0] if names else "HEAD"
+    names = git("for-each-ref", "--format=%(refname:short)", "refs/heads/main",
+                "refs/heads/master", "refs/remotes/origin/main")
+    return names.split()[0] if names else "HEAD"
 
 
 def check(commit):
@@ -83,11 +80,16 @@ def check(commit):
     Exits if a commit changes anything but train.py since it left the trunk, or if its train.py is
     too long to be read.
     """
-    changed = git("diff", "--name-only", git("merge-base", trunk(), commit), commit).splitlines()
-    if others := sorted(set(changed) - {"train.py", "program.md"}):
-        sys.exit(f"{commit[:7]} changes {', '.join(others)}; only a change of train.py can be verified")
-    if (size := int(git("cat-file", "-s", f"{commit}:train.py"))) > LONGEST:
-        sys.exit(f"train.py of {commit[:7]} has {size:,} bytes: too long to be read, and long enough to hold data")
+    start = git("merge-base", trunk(), commit)
+    changed = git("diff", "--name-only", start, commit).splitlines()
+    others = sorted(set(changed) - {"train.py", "program.md"})
+    if others:
+        sys.exit(f"{commit[:7]} changes {', '.join(others)}; only a change of train.py can be "
+                 "verified")
+    size = int(git("cat-file", "-s", f"{commit}:train.py"))
+    if size > LONGEST:
+        sys.exit(f"train.py of {commit[:7]} has {size:,} bytes: too long to be read, and long "
+                 "enough to hold data")
 
 # ------------------------------------------------------------------------------------------------
 # The sandbox
@@ -106,7 +108,8 @@ def bubblewrap():
         if path is None:
             print("not isolated: there is no bwrap here (Debian: apt install bubblewrap)")
             return None
-    trial = subprocess.run([path, "--unshare-all", "--ro-bind", "/", "/", "true"], capture_output=True, text=True)
+    trial = subprocess.run([path, "--unshare-all", "--ro-bind", "/", "/", "true"],
+                           capture_output=True, text=True)
     if trial.returncode:
         print(f"not isolated: bwrap does not work here ({trial.stderr.strip()})")
         return None
@@ -122,7 +125,8 @@ def sandbox(path, clone, scratch=None):
     if path is None:
         return []
     command = [path, "--unshare-all", "--die-with-parent", "--new-session"]
-    for place in ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/opt", "/nix", "/sys"):
+    for place in (
+            "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/opt", "/nix", "/sys"):
         command += ["--ro-bind-try", place, place]
     command += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]
     for device in [*Path("/dev").glob("nvidia*"), Path("/dev/dri"), Path("/dev/kfd")]:
@@ -131,8 +135,12 @@ def sandbox(path, clone, scratch=None):
         command += ["--ro-bind", place, place]
     seen = [Path(place) for place in ("/usr", "/opt", "/nix", sys.base_prefix, sys.prefix)]
     for place in seal.places_of_text(prepare.CACHE):
-        if any(folder in place.parents for folder in seen):
-            command += ["--tmpfs", str(place)] if place.is_dir() else ["--ro-bind", "/dev/null", str(place)]
+        if not any(folder in place.parents for folder in seen):
+            continue
+        if place.is_dir():
+            command += ["--tmpfs", str(place)]
+        else:
+            command += ["--ro-bind", "/dev/null", str(place)]
     dataset = prepare.chosen_dataset()
     known = [prepare.CACHE / "dataset.json"]
     for folder in (prepare.CACHE / dataset.name).glob("vocab-*"):
@@ -167,7 +175,8 @@ def run(commit, seed, path):
                         "AUTORESEARCH_CACHE_DIR": str(prepare.CACHE)}
         told, to_train = os.pipe()
         to_referee, tells = os.pipe()
-        mine = {"AUTORESEARCH_SEED": str(seed), "AUTORESEARCH_REFEREE": json.dumps([told, tells, str(scratch)])}
+        mine = {"AUTORESEARCH_SEED": str(seed),
+                "AUTORESEARCH_REFEREE": json.dumps([told, tells, str(scratch)])}
         with open(f"verify-{commit[:7]}-{seed}.log", "wb") as log:
             train = subprocess.Popen(
                 [*sandbox(path, clone, scratch), sys.executable, "train.py"], cwd=clone,
@@ -192,33 +201,46 @@ def run(commit, seed, path):
     with open(journal, "rb") as file:
         file.seek(before)
         lines = [json.loads(line) for line in file if line.strip()]
-    return next((line for line in lines if line.get("verified") and line["seed"] == seed), None)
+    for line in lines:
+        if line.get("verified") and line["seed"] == seed:
+            return line
+    return None
 
 # ------------------------------------------------------------------------------------------------
 # The program
 
+def mean_and_spread(values):
+    """Two columns of the table."""
+    spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-"
+    return f"{statistics.mean(values):>10.6f}{spread:>9}"
+
+
 def table(commits, rows, lines):
-    """Print what came out, beside what was claimed."""
-    print(f"\n{'commit':<10}{'claimed':>10}{'val_bpb':>10}{'spread':>9}{'sealed':>10}{'spread':>9}   seeds")
+    """Print what came out beside what was claimed."""
+    print(f"\n{'commit':<10}{'claimed':>10}{'val_bpb':>10}{'spread':>9}{'sealed':>10}{'spread':>9}"
+          "   seeds")
     means = {}
     for commit in commits:
         good = [line for line in lines[commit] if line and line["failure"] is None]
         if not good:
             print(f"{commit[:7]:<10}no number")
             continue
-        claimed, columns = claims(rows, commit), ""
-        for key in ("val_bpb", "test_bpb"):
-            values = [line[key] for line in good]
-            spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-"
-            columns += f"{statistics.mean(values):>10.6f}{spread:>9}"
-        means[commit] = [statistics.mean(line[key] for line in good) for key in ("val_bpb", "test_bpb")]
-        print(f"{commit[:7]:<10}{f'{claimed:.6f}' if claimed else '-':>10}{columns}   {' '.join(str(line['seed']) for line in good)}")
+        claimed = claims(rows, commit)
+        claimed = "-" if claimed is None else f"{claimed:.6f}"
+        val = [line["val_bpb"] for line in good]
+        test = [line["test_bpb"] for line in good]
+        seeds = " ".join(str(line["seed"]) for line in good)
+        columns = mean_and_spread(val) + mean_and_spread(test)
+        print(f"{commit[:7]:<10}{claimed:>10}{columns}   {seeds}")
+        means[commit] = statistics.mean(val), statistics.mean(test)
     first, last = commits[0], commits[-1]
-    if first != last and first in means and last in means:
-        val, test = (a - b for a, b in zip(means[first], means[last]))
-        claimed = [claims(rows, commit) for commit in (first, last)]
-        said = f" (claimed {claimed[0] - claimed[1]:+.4f})" if None not in claimed else ""
-        print(f"gain of {last[:7]} over {first[:7]}: {val:+.4f} on the validation text{said}, {test:+.4f} on the sealed text")
+    if first == last or first not in means or last not in means:
+        return
+    val, test = (before - after for before, after in zip(means[first], means[last]))
+    claimed = [claims(rows, commit) for commit in (first, last)]
+    said = "" if None in claimed else f" (claimed {claimed[0] - claimed[1]:+.4f})"
+    print(f"gain of {last[:7]} over {first[:7]}: {val:+.4f} on the validation text{said}, "
+          f"{test:+.4f} on the sealed text")
 
 
 def run_copy():
@@ -231,10 +253,12 @@ def run_copy():
     device = prepare.default_device()
     # a GPU's libraries are loaded now
     torch.zeros(8, 8, device=device).mm(torch.zeros(8, 8, device=device))
+    # and what compiled models refer to
     if sys.argv[3] == "1":
-        importlib.import_module("torch._dynamo")        # and what compiled models refer to
+        importlib.import_module("torch._dynamo")
     channel.send("ready")
-    word, *rest = channel.receive(prepare.HARD_LIMIT)           # until the copy before is done
+    # until the copy before is done
+    word, *rest = channel.receive(prepare.HARD_LIMIT)
     if word != "load":
         return
     path, vocab_size = rest
@@ -250,34 +274,50 @@ def run_copy():
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Run commits again, each in a sandbox, on seeds drawn now.")
-    parser.add_argument("commits", metavar="COMMIT", nargs="*", help="default: the baseline and the last kept commit of results.tsv")
-    parser.add_argument("--seeds", metavar="N", type=int, default=3, help="seeds for each (default 3)")
+    parser = argparse.ArgumentParser(
+        description="Run commits again, each in a sandbox, on fresh seeds.")
+    parser.add_argument("commits", metavar="COMMIT", nargs="*",
+                        help="default: the baseline and the last kept commit of results.tsv")
+    parser.add_argument("--seeds", metavar="N", type=int, default=3, help="per commit (default 3)")
     arguments = parser.parse_args()
     if arguments.seeds < 1:
         sys.exit(f"--seeds {arguments.seeds}: at least one seed is needed")
-    rows = read_results(HERE / "results.tsv")
-    commits = [git("rev-parse", "--verify", f"{name}^{{commit}}") for name in arguments.commits or chosen(rows)]
+    rows = decide.read_results(HERE / "results.tsv", print)
+    names = arguments.commits or chosen(rows)
+    commits = [git("rev-parse", "--verify", f"{name}^{{commit}}") for name in names]
     for commit in commits:
         check(commit)
     differ = [name for name in HARNESS if git("diff", "--name-only", trunk(), "--", name)]
-    print(f"harness: {', '.join(differ)} NOT as in {trunk()}" if differ else f"harness: as in {trunk()}")
+    if differ:
+        print(f"harness: {', '.join(differ)} NOT as in {trunk()}")
+    else:
+        print(f"harness: as in {trunk()}")
     path = bubblewrap()
     seeds = [secrets.randbelow(2 ** 31) for _ in range(arguments.seeds)]
     lines = {commit: [] for commit in commits}
-    print(f"{len(commits) * len(seeds)} runs of about {(prepare.TIME_BUDGET + 120) / 60:.0f} minutes", flush=True)
+    minutes = (prepare.TIME_BUDGET + 120) / 60
+    print(f"{len(commits) * len(seeds)} runs of about {minutes:.0f} minutes", flush=True)
+    failures = 0
     # the commits alternate, so that a slow hour hits all of them
     for seed in seeds:
         for commit in commits:
             line = run(commit, seed, path)
             lines[commit].append(line)
             failure = "no line in the journal" if line is None else line["failure"]
-            print(f"{commit[:7]} seed {seed}: " + (f"{failure}; see verify-{commit[:7]}-{seed}.log" if failure else
-                  f"val_bpb {line['val_bpb']:.6f}, {'isolated' if line['isolated'] else 'not isolated'}"), flush=True)
+            if failure:
+                failures += 1
+                result = f"{failure}; see verify-{commit[:7]}-{seed}.log"
+            else:
+                isolated = "isolated" if line["isolated"] else "not isolated"
+                result = f"val_bpb {line['val_bpb']:.6f}, {isolated}"
+            print(f"{commit[:7]} seed {seed}: {result}", flush=True)
     table(commits, rows, lines)
-    if any(line is None or line["failure"] for each in lines.values() for line in each):
+    if failures:
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    run_copy() if sys.argv[1:2] == ["--copy"] else main()
+    if sys.argv[1:2] == ["--copy"]:
+        run_copy()
+    else:
+        main()

@@ -1,8 +1,12 @@
-"""analysis.ipynb on good, empty, broken and cheating files: executed, its text read, its picture saved."""
+"""analysis.ipynb on good, empty, broken and cheating files: what it prints, and its picture."""
 
 import json
+import math
+import random
+import shutil
 
 import matplotlib
+import matplotlib.figure
 import matplotlib.pyplot
 import nbformat
 import pytest
@@ -14,140 +18,291 @@ HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 SHA = "a" * 64
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache():
+    """No test here needs prepared data."""
+
+
+@pytest.fixture(scope="module")
+def cells():
+    """The notebook's code, compiled once."""
+    notebook = nbformat.read(ROOT / "analysis.ipynb", as_version=4)
+    return [compile(cell.source, "analysis.ipynb", "exec")
+            for cell in notebook.cells if cell.cell_type == "code"]
+
+
 @pytest.fixture
-def execute(tmp_path, monkeypatch, capsys):
-    """Write the two files, run the notebook's cells on them, return what they print."""
-    def execute(rows=None, journal=None):
+def names():
+    """The notebook's variables, after it was executed."""
+    return {}
+
+
+@pytest.fixture
+def execute(cells, names, tmp_path, monkeypatch, capsys):
+    """
+    Write the two files, run the notebook's cells on them, return what they print. The picture is
+    saved only if asked for, which takes most of the time.
+    """
+    def execute(rows=None, journal=None, picture=False):
         if rows is not None:
             (tmp_path / "results.tsv").write_text(HEADER + "".join(row + "\n" for row in rows))
         if journal is not None:
-            (tmp_path / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in journal))
+            lines = [json.dumps(line) + "\n" for line in journal]
+            (tmp_path / "journal.jsonl").write_text("".join(lines))
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("AUTORESEARCH_CACHE_DIR", str(tmp_path / "cache"))
         matplotlib.use("Agg")
-        names = {}
-        for cell in nbformat.read(ROOT / "analysis.ipynb", as_version=4).cells:
-            if cell.cell_type == "code":
-                exec(cell.source, names)
+        if not picture:
+            monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda *_, **__: None)
+        for cell in cells:
+            exec(cell, names)
         matplotlib.pyplot.close("all")
-        assert (tmp_path / "progress.png").stat().st_size > 5000
+        assert not picture or (tmp_path / "progress.png").stat().st_size > 5000
         return capsys.readouterr().out
     return execute
 
 
 def run_line(commit, val, test, **more):
-    return {"time": "2026-11-24T01:00:00+0000", "commit": commit, "seed": 42, "val_bpb": val, "test_bpb": test, "failure": None,
-            "prepare_sha256": SHA, "prepare_changed": False, "dirty": False, "time_budget": 300, "total_seconds": 350} | more
+    return {"time": "2026-11-24T01:00:00+0000", "commit": commit, "seed": 42, "val_bpb": val,
+            "test_bpb": test, "failure": None, "prepare_sha256": SHA, "prepare_changed": False,
+            "dirty": False, "time_budget": 300, "total_seconds": 350} | more
 
 
-NIGHT = ["aaaaaa1\t1.300000\t1.0\tkeep\tbaseline", "aaaaaa1\t1.301000\t1.0\tkeep\tbaseline, seed 43",
-         "aaaaaa1\t1.299000\t1.0\tkeep\tbaseline, seed 44", "bbbbbb2\t1.280000\t1.1\tkeep\ttwice the steps",
-         "cccccc3\t1.310000\t1.1\tdiscard\tno soft cap", "dddddd4\t0.000000\t0.0\tcrash\ta typo",
-         "eeeeee5\t1.270000\t1.1\tkeep\tlucky", "ffffff6\t1.000000\t1.1\tkeep\ttoo good to be true"]
-JOURNAL = [run_line("aaaaaa1", 1.3, 1.28), run_line("aaaaaa1", 1.301, 1.281, seed=43), run_line("aaaaaa1", 1.299, 1.279, seed=44),
-           run_line("bbbbbb2", 1.28, 1.262), run_line("cccccc3", 1.31, 1.29), run_line("dddddd4", None, None, failure="SyntaxError"),
-           run_line("eeeeee5", 1.27, 1.263), run_line("ffffff6", None, None, failure="FAIL: causality")]
-
-
-CONTRADICTIONS = [
-    (dict(prepare_changed=True), "prepare.py differs"), (dict(prepare_sha256="b" * 64), "another prepare.py"),
-    (dict(reseeded=True), "seed of its own"), (dict(seed=7), "ran with seed 7, which the row does not say"), (dict(time_budget=600), "time budget 600"), (dict(dirty=True), "not committed"), (dict(val_bpb=1.4), "the journal 1.400000")]
+NIGHT = [
+    "aaaaaa1\t1.300000\t1.0\tkeep\tbaseline",
+    "aaaaaa1\t1.301000\t1.0\tkeep\tbaseline, seed 43",
+    "aaaaaa1\t1.299000\t1.0\tkeep\tbaseline, seed 44",
+    "bbbbbb2\t1.280000\t1.1\tkeep\ttwice the steps",
+    "cccccc3\t1.310000\t1.1\tdiscard\tno soft cap",
+    "dddddd4\t0.000000\t0.0\tcrash\ta typo",
+    "eeeeee5\t1.270000\t1.1\tkeep\tlucky",
+    "ffffff6\t1.000000\t1.1\tkeep\ttoo good to be true"]
+JOURNAL = [
+    run_line("aaaaaa1", 1.3, 1.28),
+    run_line("aaaaaa1", 1.301, 1.281, seed=43),
+    run_line("aaaaaa1", 1.299, 1.279, seed=44),
+    run_line("bbbbbb2", 1.28, 1.262),
+    run_line("cccccc3", 1.31, 1.29),
+    run_line("dddddd4", None, None, failure="SyntaxError"),
+    run_line("eeeeee5", 1.27, 1.263),
+    run_line("ffffff6", None, None, failure="FAIL: causality")]
 
 
 def test_a_night(execute):
-    text = execute(NIGHT, JOURNAL)
-    assert "8 experiments" in text and "baseline 1.300000 over 3 runs, noise 0.001000" in text
+    text = execute(NIGHT, JOURNAL, picture=True)
+    assert "8 experiments" in text
+    assert "baseline 1.300000 over 3 runs, noise 0.001000" in text
     assert "#7 ffffff6" in text and "no number (FAIL: causality)" in text
-    assert "twice the steps: held up" in text and "lucky: not on the sealed text" in text
+    assert "twice the steps: held up (gain +0.0200, sealed +0.0180)" in text
+    assert "lucky: not on the sealed text (gain +0.0100, sealed -0.0010)" in text
 
 
 def test_repeated_runs_count_in_the_noise_and_by_their_mean(execute):
-    """By hand: the baseline's runs lie -1, 0, -2 and 3 thousandths from their mean, the kept commit's -1 and 1: root of 16 / 4."""
-    again = ["aaaaaa1\t1.304000\t1.0\tkeep\tagain, seed 42", "bbbbbb2\t1.282000\t1.1\tkeep\tagain, seed 42"]
+    """
+    By hand: the baseline's runs lie -1, 0, -2 and 3 thousandths from their mean, the kept commit's
+    -1 and 1: the root of 16 / 4.
+    """
+    again = ["aaaaaa1\t1.304000\t1.0\tkeep\tagain, seed 42",
+             "bbbbbb2\t1.282000\t1.1\tkeep\tagain, seed 42"]
     journal = JOURNAL[:5] + [run_line("aaaaaa1", 1.304, 1.284), run_line("bbbbbb2", 1.282, 1.264)]
     text = execute(NIGHT[:3] + again[:1] + NIGHT[3:5] + again[1:], journal)
     assert "baseline 1.301000 over 4 runs, noise 0.002000, margin 0.007000" in text
     assert "val_bpb 1.3020 -> 1.2810: a gain of 0.0210, 3.0 times the margin" in text
-    assert "1.2820 -> 1.2630: a gain of 0.0190; 90% held up" in text and "Every row agrees" in text
+    assert "1.2820 -> 1.2630: a gain of 0.0190; 90% held up" in text
+    assert "Every row agrees" in text
 
 
-def test_a_night_that_moves_to_another_machine(execute, monkeypatch):
+def test_an_idea_that_was_kept_because_it_is_simpler_is_no_gain(execute):
+    night = NIGHT[:4] + ["1111111\t1.281000\t1.1\tkeep\tshorter"]
+    text = execute(night, JOURNAL[:4] + [run_line("1111111", 1.281, 1.263)])
+    assert "#3 twice the steps: held up" in text and "shorter" not in text
+
+
+def test_two_commits_with_one_train_are_repeated_runs(execute):
+    """Their runs lie -1 and 1 thousandth from the mean: the root of 2."""
+    rows = ["aaaaaa1\t1.300000\t1.0\tkeep\tbaseline", "bbbbbb2\t1.302000\t1.0\tkeep\tbaseline"]
+    journal = [run_line("aaaaaa1", 1.3, 1.28), run_line("bbbbbb2", 1.302, 1.282)]
+    assert "over 1 runs, noise nan, margin 0.002000" in execute(rows, journal)
+    text = execute(rows, [line | {"train_sha256": SHA} for line in journal])
+    assert "baseline 1.301000 over 2 runs, noise 0.001414, margin 0.007071" in text
+
+
+def test_a_night_that_moves_to_another_machine(execute, names):
     """There, everything is worse by 0.1; only what was measured on one machine is compared."""
-    labels = []
-    monkeypatch.setattr(matplotlib.axes.Axes, "annotate", lambda axes, text, *_, **__: labels.append(text))
-    moved = ["bbbbbb2\t1.380000\t1.1\tkeep\tbaseline on slow, seed 42", "bbbbbb2\t1.382000\t1.1\tkeep\tbaseline on slow, seed 43",
+    moved = ["bbbbbb2\t1.380000\t1.1\tkeep\tbaseline on slow, seed 42",
+             "bbbbbb2\t1.382000\t1.1\tkeep\tbaseline on slow, seed 43",
              "1111111\t1.360000\t1.1\tkeep\tdepth 4", "2222222\t1.370000\t1.1\tdiscard\tdepth 5"]
     journal = [line | {"device": "fast"} for line in JOURNAL[:4]]
-    journal += [run_line("bbbbbb2", 1.38, 1.36, device="slow"), run_line("bbbbbb2", 1.382, 1.362, seed=43, device="slow"),
-                run_line("1111111", 1.36, 1.345, device="slow"), run_line("2222222", 1.37, 1.35, device="fast")]
+    journal += [run_line("bbbbbb2", 1.38, 1.36, device="slow"),
+                run_line("bbbbbb2", 1.382, 1.362, seed=43, device="slow"),
+                run_line("1111111", 1.36, 1.345, device="slow"),
+                run_line("2222222", 1.37, 1.35, device="fast")]
     named = [row.replace("baseline", "baseline on fast") for row in NIGHT[:3]]
-    text = execute(named + NIGHT[3:4] + moved, journal)
+    text = execute(named + NIGHT[3:4] + moved, journal, picture=True)
     assert "baseline 1.300000 over 3 runs, noise 0.001000, margin 0.005000 on fast" in text
     assert "baseline 1.381000 over 2 runs, noise 0.001414, margin 0.007071 on slow" in text
-    assert "val_bpb 1.3000 -> 1.2800: a gain of 0.0200" in text and "val_bpb 1.3800 -> 1.3600: a gain of 0.0200" in text
+    assert "val_bpb 1.3000 -> 1.2800: a gain of 0.0200" in text
+    assert "val_bpb 1.3800 -> 1.3600: a gain of 0.0200" in text
     assert "1.3600 -> 1.3450: a gain of 0.0150; 75% held up" in text
-    assert "#7 2222222 ran on fast: not to be compared" in text and "#6 1111111 ran on" not in text
-    assert labels == ["twice the steps", "depth 4"]
+    assert "#7 2222222 ran on fast: not comparable" in text and "#6 1111111 ran on" not in text
+    labels = [label.get_text() for label in names["axes"].texts]
+    assert labels == ["fast", "twice the steps", "slow", "depth 4"]
 
 
-@pytest.mark.parametrize("change,words", CONTRADICTIONS)
+@pytest.mark.parametrize("change,words", [
+    (dict(prepare_changed=True), "prepare.py differs"),
+    (dict(prepare_sha256="b" * 64), "another prepare.py"),
+    (dict(referee_sha256="b" * 64), "another referee.py"),
+    (dict(reseeded=True), "seed of its own"),
+    (dict(seed=7), "ran with seed 7, which the row does not say"),
+    (dict(time_budget=600), "time budget 600"),
+    (dict(dirty=True), "not committed"),
+    (dict(val_bpb=1.4), "the journal 1.400000"),
+    (dict(commit="9999999"), "no run of this commit")])
 def test_a_row_that_the_journal_contradicts_is_named(change, words, execute):
     journal = [dict(line) for line in JOURNAL]
     journal[3] |= change
-    text = execute(NIGHT, journal)
-    assert "#3 bbbbbb2" in text and words in text
+    lines = [line for line in execute(NIGHT, journal).splitlines() if "#3 bbbbbb2" in line]
+    assert len(lines) == 1 and words in lines[0]
 
 
-def test_what_was_verified_comes_first_and_is_laid_beside_nothing_else(execute):
-    """By hand: means 1.31 and 1.29; a run on another text is no gain, a failed one no number, and none of them a row's."""
+def test_what_was_verified_comes_first_and_is_compared_only_with_itself(execute):
+    """
+    By hand: means 1.31 and 1.29. A run on another text is no gain, a failed one no number, and none
+    of them belongs to a row.
+    """
     def verified(commit, val, **more):
-        return run_line(commit, val, val and val - 0.02, **dict(verified=True, isolated=True, device="cpu", val_text_sha256="t") | more)
+        line = run_line(commit, val, val and val - 0.02, verified=True, isolated=True, device="cpu",
+                        val_text_sha256="t")
+        return line | more
 
-    lines = [verified("aaaaaa1", 1.30, seed=7), verified("aaaaaa1", 1.32, seed=8), verified("bbbbbb2", 1.28, seed=7),
-             verified("bbbbbb2", 1.30, seed=8), verified("eeeeee5", 1.10, isolated=False, val_text_sha256="u"),
+    lines = [verified("aaaaaa1", 1.30, seed=7), verified("aaaaaa1", 1.32, seed=8),
+             verified("bbbbbb2", 1.28, seed=7), verified("bbbbbb2", 1.30, seed=8),
+             verified("eeeeee5", 1.10, isolated=False, val_text_sha256="u"),
              verified("ffffff6", None, failure="FAIL: causality")]
     text = execute(NIGHT, JOURNAL + lines)
-    assert "aaaaaa1: val_bpb 1.310000, sealed 1.290000, standard deviations 0.0141 and 0.0141, over 2 seeds on cpu" in text
-    assert "bbbbbb2: val_bpb 1.290000" in text and "a gain of +0.0200 over aaaaaa1, on the sealed text +0.0200" in text
-    assert "over 1 seeds on cpu; NOT isolated" in text and text.count("a gain of +") == 1
+    assert ("aaaaaa1: val_bpb 1.310000, sealed 1.290000, standard deviations 0.0141 and 0.0141, "
+            "seeds 7, 8 on cpu, isolated") in text
+    assert "bbbbbb2: val_bpb 1.290000" in text
+    assert "a gain of +0.0200 over aaaaaa1, on the sealed text +0.0200" in text
+    assert "seeds 42 on cpu, NOT isolated" in text and text.count("a gain of +") == 1
     assert "ffffff6 on seed 42 got no number: FAIL: causality" in text
     assert text.index("aaaaaa1: val_bpb") < text.index("baseline 1.300000 over 3 runs")
-    assert "which was told" not in text and "8 runs in the journal\n" in text
+    assert "which were reported" not in text and "8 runs in the journal\n" in text
 
 
 def test_outliers_and_commits_that_ran_more_often_than_they_have_rows_are_named(execute):
-    usual = dict(startup_cpu_seconds=20.0, startup_seconds=10.0, evaluation_seconds=10.0, val_text_sha256="t", sealed=True)
+    usual = dict(startup_cpu_seconds=20.0, startup_seconds=10.0, evaluation_seconds=10.0,
+                 val_text_sha256="t", sealed=True)
     journal = [line | usual for line in JOURNAL]
     journal[3] |= dict(startup_cpu_seconds=200.0, evaluation_seconds=70.0)
     journal[4] |= dict(val_text_sha256="u", sealed=False)
     journal.append(run_line("bbbbbb2", 1.29, 1.27) | usual)
     text = execute(NIGHT, journal)
-    assert "bbbbbb2 at 2026-11-24T01:00:00+0000: 200 s of processor time before the first batch, usually 20" in text
+    assert ("bbbbbb2 at 2026-11-24T01:00:00+0000: 200 s of processor time before the first batch, "
+            "usually 20") in text
     assert "70 s of evaluation, usually 10" in text and text.count("what was it doing") == 2
-    assert "bbbbbb2 ran 2 times with a number and has 1 row: which was told?" in text and text.count("which was told") == 1
+    assert "bbbbbb2 got 2 numbers, rows in results.tsv: 1; which were reported?" in text
+    assert text.count("which were reported") == 1
     assert "another text to evaluate" in text and "not sealed" in text
-    assert "#4 cccccc3 was evaluated on another text: not to be compared" in text
+    assert "#4 cccccc3 was evaluated on another text: not comparable" in text
 
 
 @pytest.mark.parametrize("rows,journal", [
-    (None, None), ([], None), ([], []), (NIGHT[:1], JOURNAL[:1]), (["dddddd4\t0.000000\t0.0\tcrash\ta typo"] * 3, []), (NIGHT, None)])
+    (None, None), ([], None), ([], []), (NIGHT[:1], JOURNAL[:1]), (NIGHT, None),
+    (["dddddd4\t0.000000\t0.0\tcrash\ta typo"] * 3, [])])
 def test_little_or_nothing_to_read(rows, journal, execute):
-    assert f"{len(rows or [])} experiments" in execute(rows, journal)
+    text = execute(rows, journal, picture=True)
+    assert f"{len(rows or [])} experiments" in text
+    assert ("There is no journal here" in text) == (not journal)
 
 
 def test_malformed_rows_and_lines_are_named_and_skipped(execute, tmp_path):
-    (tmp_path / "journal.jsonl").write_text(json.dumps(JOURNAL[0]) + '\n{"torn')
-    text = execute([NIGHT[0], "bbbbbb2 1.28 spaces instead of tabs", "c\tx\t1\tkeep\td", "d\t1.2\t1\tmaybe\te", ""])
-    assert "1 experiments" in text
+    (tmp_path / "journal.jsonl").write_text(json.dumps(JOURNAL[0]) + '\n{"torn\n7\n')
+    text = execute([NIGHT[0], "bbbbbb2 1.28 spaces instead of tabs", "c\tx\t1\tkeep\td",
+                    "d\t1.2\t1\tmaybe\te", ""])
+    assert "1 experiments" in text and "1 runs in the journal" in text
     for number in (3, 4, 5):
-        assert f"results.tsv, line {number}, skipped" in text
-    assert "journal.jsonl, line 2, skipped" in text
+        assert f"skipped: results.tsv, line {number}:" in text
+    for number in (2, 3):
+        assert f"skipped: journal.jsonl, line {number}: not a JSON object" in text
+
+
+def a_hundred_experiments():
+    """Every eighth idea is kept, and the one after it: labels as close as they come."""
+    draw, rows, best = random.Random(1), list(NIGHT[:3]), 1.3
+    for number in range(100):
+        kept = number % 8 in (0, 1)
+        if kept:
+            best -= 0.01
+        val_bpb = best if kept else best + abs(draw.gauss(0.001, 0.01))
+        status = "keep" if kept else "discard"
+        words = "an idea that takes long to describe"
+        rows.append(f"{number:07x}\t{val_bpb:.6f}\t1\t{status}\t{words}")
+    return rows
+
+
+def labels_and_points(names):
+    """
+    Labels as rectangles (left, bottom, right, top) and points, in pixels, both turned back by the
+    labels' 45 degrees.
+    """
+    axes = names["axes"]
+    axes.figure.draw_without_rendering()
+    half = math.sqrt(0.5)
+
+    def turned(x, y):
+        return half * (x + y), half * (y - x)
+
+    labels = []
+    for label in axes.texts:
+        if label.get_rotation() == 45:
+            assert len(label.get_text()) <= 32
+            dx, dy = (points * axes.figure.dpi / 72 for points in label.xyann)
+            x, y = axes.transData.transform(label.xy)
+            u, v = turned(x + dx, y + dy)
+            # level, it is placed relative to the point around which it is rotated
+            label.set_rotation(0)
+            box = label.get_window_extent().translated(u - x - dx, v - y - dy)
+            labels.append((box.x0, box.y0, box.x1, box.y1))
+    points = []
+    for collection in axes.collections:
+        if collection.get_label() in ("kept", "discarded"):
+            shown = axes.transData.transform(collection.get_offsets())
+            points += [turned(x, y) for x, y in shown]
+    return labels, points
+
+
+@pytest.mark.parametrize("night,steps", [("nov24", 2), ("nov25", 0), (None, 26)])
+def test_labels_cover_no_point_and_no_other_label(night, steps, execute, names, tmp_path):
+    if night:
+        for name in ("results.tsv", "journal.jsonl"):
+            shutil.copy(ROOT / "nights" / night / name, tmp_path)
+        execute()
+    else:
+        execute(a_hundred_experiments())
+    labels, points = labels_and_points(names)
+    assert len(labels) == steps and len(points) > 12
+    radius = 3 * names["figure"].dpi / 72
+    for left, bottom, right, top in labels:
+        # its left and lower ends, turned again, lie in the picture
+        assert left - top > 0 and left + bottom > 0
+        for x, y in points:
+            beside = max(left - x, x - right, bottom - y, y - top)
+            assert beside > radius
+    for number, (left, bottom, right, top) in enumerate(labels):
+        for other in labels[:number]:
+            assert max(left - other[2], other[0] - right, bottom - other[3], other[1] - top) > 0
 
 
 def test_the_file_runs_in_a_real_kernel(tmp_path):
+    """Beside decide.py, as in a clone."""
+    shutil.copy(ROOT / "decide.py", tmp_path)
     (tmp_path / "results.tsv").write_text(HEADER + "\n".join(NIGHT))
     (tmp_path / "journal.jsonl").write_text("\n".join(map(json.dumps, JOURNAL)))
     notebook = nbformat.read(ROOT / "analysis.ipynb", as_version=4)
     nbformat.validate(notebook)
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    resources = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=120, resources=resources).execute()
     assert (tmp_path / "progress.png").exists()
+    assert "held up" in notebook.cells[-1].outputs[0].text

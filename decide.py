@@ -1,0 +1,295 @@
+"""
+What to do with an idea: keep it, run the pair on seed 43, or discard it.
+
+    uv run decide.py [COMMIT] [--results PATH]
+
+COMMIT is HEAD unless named. Its val_bpb on each seed comes from the newest run-COMMIT-SEED-*.log
+beside results.tsv, everything else from the rows of results.tsv. Prints one line that starts with
+the decision. If something is missing, the line says what to do first, and the exit code is 1.
+"""
+
+import argparse
+import math
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+BASELINE_SEEDS = [43, 44, 42, 42]
+FLOOR = 0.002           # no smaller gain is worth having, however quiet the machine
+PAIR = 0.7              # of the margin: what the mean of two gains has to exceed
+AGAIN = 10              # rows after which the last kept commit runs again
+APART = 1800            # s between the ends of a pair's runs: speed wanders from hour to hour
+
+# Descriptions of rows that are not ideas.
+BASELINE = re.compile(r"baseline(?: on (?P<machine>.+?))?(?:, seed (?P<seed>\d+).*)?$", re.I)
+REPEAT = re.compile(r"(?:again,? )?seed (?P<seed>\d+)", re.I)
+
+# ------------------------------------------------------------------------------------------------
+# The rule
+
+def noise(groups):
+    """
+    (s, f) of groups of val_bpb, one group per commit. s: the standard deviation of a commit's runs
+    about their mean, pooled over the commits, NaN if none ran twice; f: its degrees of freedom.
+    """
+    squares, freedom = 0.0, 0
+    for values in groups:
+        mean = statistics.fmean(values)
+        squares += sum((value - mean) ** 2 for value in values)
+        freedom += len(values) - 1
+    return (math.sqrt(squares / freedom) if freedom else math.nan), freedom
+
+
+def margin(s, freedom):
+    """The gain that counts. The factor falls as s becomes known (dev/simulate.py)."""
+    factor = 5 if freedom < 4 else 3.5 if freedom < 8 else 3
+    return max(FLOOR, factor * s) if freedom else FLOOR
+
+
+def verdict(gain, margin, second=None):
+    """
+    keep, run the pair, or discard. gain: in val_bpb over the last kept commit, on seed 42; second:
+    the same on seed 43, once both have run there.
+    """
+    # Rounded: 1.240000 - 1.238000 is not more than 0.002.
+    if round(gain - margin, 9) > 0:
+        return "keep"
+    if round(gain - margin / 3, 9) <= 0:
+        return "discard"
+    if second is None:
+        return "run the pair"
+    return "keep" if round((gain + second) / 2 - PAIR * margin, 9) > 0 else "discard"
+
+# ------------------------------------------------------------------------------------------------
+# results.tsv
+
+@dataclass
+class Row:
+    """n: counts from 0. train: names the train.py that ran, which two commits may share."""
+    n: int
+    commit: str
+    val_bpb: float
+    memory_gb: float
+    status: str
+    description: str
+
+    def __post_init__(self):
+        baseline, repeat = BASELINE.match(self.description), REPEAT.match(self.description)
+        self.kind = "baseline" if baseline else "repeat" if repeat else "idea"
+        self.machine = baseline and baseline["machine"]
+        named = baseline or repeat
+        self.seed = int(named and named["seed"] or 42)
+        self.train = self.commit[:7]
+
+
+def read_results(path, complain):
+    """The rows of results.tsv. complain: called with a sentence for each malformed one."""
+    rows = []
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        fields = line.split("\t")
+        if not line.strip() or fields[0] == "commit":
+            continue
+        try:
+            if len(fields) != 5:
+                raise ValueError(f"{len(fields)} fields between tabs instead of 5")
+            commit, val_bpb, memory_gb, status, description = fields
+            row = Row(len(rows), commit, float(val_bpb), float(memory_gb), status, description)
+            if status not in ("keep", "discard", "crash"):
+                raise ValueError(f"status {status!r} instead of keep, discard or crash")
+            if status != "crash" and not 0 < row.val_bpb < math.inf:
+                raise ValueError(f"status {status}, but val_bpb {val_bpb}")
+            rows.append(row)
+        except ValueError as error:
+            complain(f"{path}, line {number}: {error}; correct it: {line[:80]}")
+    return rows
+
+
+class Session:
+    """What ran on one machine: a baseline on several seeds, and all that is compared with it."""
+
+    def __init__(self, rows):
+        self.rows, self.first, self.machine = rows, rows[0], rows[0].machine
+        groups = {}
+        for row in rows:
+            groups.setdefault(row.train, []).append(row.val_bpb)
+        self.noise, self.freedom = noise(groups.values())
+        self.margin = margin(self.noise, self.freedom)
+        # A pair's run of the commit before may have its row after the idea that was kept.
+        self.kept = [row for row in rows if row.status == "keep" and row.kind != "repeat"][-1]
+
+    def __str__(self):
+        return f"margin {self.margin:.6f}, noise {self.noise:.6f}, f = {self.freedom}"
+
+    def runs(self, train, seed):
+        """The rows of one train.py on one seed."""
+        return [row for row in self.rows if row.train == train and row.seed == seed]
+
+    def missing(self):
+        """The seeds on which the baseline has yet to run."""
+        ran = Counter(row.seed for row in self.rows if row.train == self.first.train)
+        return list((Counter(BASELINE_SEEDS) - ran).elements())
+
+
+def sessions(rows):
+    """A session starts with the first row kept, and with each baseline on another machine."""
+    found = []
+    for row in rows:
+        if row.status == "crash":
+            continue
+        if found and row.machine in (None, found[-1][0].machine):
+            found[-1].append(row)
+        elif row.status == "keep" and row.kind != "repeat":
+            found.append([row])
+    return [Session(each) for each in found]
+
+# ------------------------------------------------------------------------------------------------
+# Logs
+
+def same_commit(a, b):
+    """Whether two hashes, short or long, name one commit."""
+    return bool(a and b) and (a.startswith(b) or b.startswith(a))
+
+
+def logs(folder, commit, seed="*"):
+    """The summaries of a commit's logs, as dictionaries, the newest last."""
+    found = []
+    for path in folder.glob(f"run-*-{seed}-*.log"):
+        if same_commit(path.name.split("-")[1], commit):
+            text = path.read_text(errors="replace")
+            summary = dict(re.findall(r"^(\w+): +(\S.*)$", text, re.M))
+            found.append(summary | {"name": path.name, "text": text, "ended": path.stat().st_mtime})
+    return sorted(found, key=lambda log: log["ended"])
+
+
+def number(log, seed, machine):
+    """The val_bpb of a log. Exits if there is none, or if it cannot be compared."""
+    name, text = log["name"], log["text"]
+    if failure := re.search(r"^FAIL.*", text, re.M):
+        sys.exit(f"{name}: {failure[0]}. Fix the bug and commit on top, or write a `crash` row")
+    if "val_bpb" not in log:
+        sys.exit(f"{name} has no val_bpb: wait if it is still running; delete it if it was stopped "
+                 f"by mistake; if it crashed, `tail -n 50 {name}` says why")
+    if doubt := re.search(r"^.*\(not comparable\)", text, re.M):
+        sys.exit(f"{name} says {' '.join(doubt[0].split())!r}: correct that and run again")
+    if log.get("seed", str(seed)) != str(seed):
+        sys.exit(f"{name} ran on seed {log['seed']}: rename it, and run on seed {seed}")
+    if machine and log.get("device", machine) != machine:
+        sys.exit(f"{name} ran on {log['device']}, the baseline on {machine}: on a new machine "
+                 "run the last kept commit on seeds 42, 43, 44, and 42 again, then the idea")
+    return float(log["val_bpb"])
+
+
+def pair(folder, commit, kept, machine):
+    """
+    (val_bpb of the commit, of the last kept one, what to do) on seed 43. The first two are None
+    until both have run there, the last kept one right after the other.
+    """
+    both = f"run {commit} on seed 43 and right after it {kept} on seed 43"
+    mine = logs(folder, commit, 43)
+    if not mine:
+        return None, None, both
+    value, ended = number(mine[-1], 43, machine), mine[-1]["ended"]
+    theirs = [log for log in logs(folder, kept, 43) if log["ended"] > ended]
+    if (theirs[-1]["ended"] if theirs else time.time()) - ended > APART:
+        return None, None, f"the runs on seed 43 are too far apart, so again {both}"
+    if not theirs:
+        return None, None, f"now run {kept} on seed 43"
+    return value, number(theirs[-1], 43, machine), ""
+
+
+def busy(log, usual):
+    """A warning if a run took over 10% fewer steps than those in `usual`; else an empty text."""
+    counts = [int(each["num_steps"]) for each in usual if "num_steps" in each]
+    steps = int(log.get("num_steps", 0))
+    if not counts or steps >= 0.9 * statistics.median(counts):
+        return ""
+    return (f"; {log['name']} has {steps} steps instead of {statistics.median(counts):.0f}: unless "
+            "the idea slows a step down, the machine was busy, so delete this log and run again")
+
+# ------------------------------------------------------------------------------------------------
+# The program
+
+def decision(session, folder, commit):
+    """(verdict, why and what next) for a commit, by its logs. Exits if something is missing."""
+    kept = session.kept
+    runs = logs(folder, commit, 42)
+    if not runs:
+        sys.exit(f"there is no run-{commit}-42-*.log: run {commit} on seed 42 first")
+    value = number(runs[-1], 42, session.machine)
+    mine, theirs, next_run = pair(folder, commit, kept.commit, session.machine)
+    # The margin is that before the pair, even if a row of the pair is there already.
+    before = [row for row in session.rows
+              if (row.kind, row.seed, row.val_bpb) != ("repeat", 43, theirs)]
+    session = Session(before)
+    earlier = [row.val_bpb for row in session.runs(kept.train, 42)]
+    if not earlier:
+        sys.exit(f"{kept.commit}, the last kept commit, has no row on seed 42: run it there first")
+    gain = statistics.fmean(earlier) - value
+    result = verdict(gain, session.margin)
+    words = f"gain {gain:+.6f} over {kept.commit} on seed 42"
+    if result == "run the pair" and mine is not None:
+        second = theirs - mine
+        result = verdict(gain, session.margin, second)
+        words += (f", {second:+.6f} on seed 43, mean {(gain + second) / 2:+.6f} "
+                  f"(needed: {PAIR * session.margin:.6f})")
+    words += f"; {session}"
+    if result == "run the pair":
+        words += f"; {next_run}"
+    if result != "keep" and gain >= -session.noise:
+        words += "; or keep if the code got simpler"
+    usual = logs(folder, kept.commit)
+    for log in logs(folder, commit) + (usual[-1:] if theirs else []):
+        words += busy(log, usual)
+    return result, words
+
+
+def short_hash(name, folder):
+    """The short hash of a commit. Exits if there is none."""
+    git = ["git", "-C", folder, "rev-parse", "--short", "--verify", "--quiet", f"{name}^{{commit}}"]
+    found = subprocess.run(git, capture_output=True, text=True)
+    if found.returncode:
+        sys.exit(f"{name} is no commit here; `git log --oneline --all` lists them")
+    return found.stdout.strip()
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Keep an idea, run the pair, or discard it?")
+    parser.add_argument("commit", metavar="COMMIT", nargs="?", default="HEAD", help="default: HEAD")
+    parser.add_argument("--results", metavar="PATH", type=Path, default=Path("results.tsv"))
+    arguments = parser.parse_args()
+    path = arguments.results
+    if not path.exists():
+        sys.exit(f"there is no {path}: make it as program.md says (Setup)")
+    commit = short_hash(arguments.commit, path.parent)
+    rows = read_results(path, sys.exit)
+    found = sessions(rows)
+    if not found:
+        sys.exit(f"{path} has no baseline: run train.py as it is on seeds 42, 43, 44, and 42 again")
+    session = found[-1]
+    if missing := session.missing():
+        sys.exit(f"{len(missing)} of 4 baselines missing: run {session.first.commit} on seed "
+                 f"{missing[0]} first, or write its row if it has run")
+    again = [row.n for row in rows if row.kind == "repeat" and row.seed == 42]
+    rows_since = len(rows) - 1 - max(again + [session.first.n])
+    if commit[:7] == session.kept.train:
+        task = "run it on seed 42 again" if rows_since >= AGAIN else "commit an idea"
+        sys.exit(f"nothing to decide, {commit} is the last kept commit: {task}; {session}")
+    told = [row for row in rows if row.n > session.first.n and row.train == commit[:7]]
+    if told:
+        print(f"{told[-1].status}: decided already, {path} has a row of {commit}")
+        return
+    result, words = decision(session, path.parent, commit)
+    # The row of this idea comes next.
+    if result != "run the pair" and rows_since + 1 >= AGAIN:
+        words += "; then it is time to run the last kept commit on seed 42 again"
+    print(f"{result}: {words}")
+
+
+if __name__ == "__main__":
+    main()

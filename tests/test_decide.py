@@ -1,0 +1,381 @@
+"""decide.py: the rule on numbers worked out by hand, and a sentence for whatever is missing."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+import decide
+from children import ROOT
+
+HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
+KEPT, IDEA = "aaaaaa1", "bbbbbb2"
+
+
+def row(commit, val_bpb, status, description):
+    return f"{commit}\t{val_bpb:.6f}\t1.0\t{status}\t{description}"
+
+
+# The runs lie 3, -1, -1, -1 thousandths from their mean 1.3: s = sqrt(12 / 3) = 2 thousandths with
+# f = 3, so the margin is 10 thousandths. On seed 42 the baseline has 1.299.
+BASELINE = [row(KEPT, 1.299, "keep", "baseline on cpu (2 cores), seed 42"),
+            row(KEPT, 1.303, "keep", "baseline on cpu (2 cores), seed 43"),
+            row(KEPT, 1.299, "keep", "baseline on cpu (2 cores), seed 44"),
+            row(KEPT, 1.299, "keep", "again, seed 42")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache():
+    """No test here needs prepared data."""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(decide, "short_hash", lambda name, folder: IDEA if name == "HEAD" else name)
+    return tmp_path
+
+
+@pytest.fixture
+def write(folder):
+    """Write results.tsv."""
+    def write(*rows):
+        (folder / "results.tsv").write_text(HEADER + "".join(row + "\n" for row in rows))
+    return write
+
+
+@pytest.fixture
+def log(folder):
+    """Write a log that ended some minutes ago; more: what else it says, None for nothing."""
+    def log(commit, seed, val_bpb, minutes=1, text="", /, **more):
+        says = {"val_bpb": val_bpb and f"{val_bpb:.6f}", "num_steps": 1000,
+                "device": "cpu (2 cores)", "seed": seed} | more
+        lines = [f"{key + ':':<17} {value}" for key, value in says.items() if value is not None]
+        path = folder / f"run-{commit}-{seed}-24{minutes:04}.log"
+        path.write_text("\n".join([text, "---", *lines]) + "\n")
+        ended = time.time() - 60 * minutes
+        os.utime(path, (ended, ended))
+    return log
+
+
+@pytest.fixture
+def answer(monkeypatch, capsys):
+    """What decide.py prints, in one line, and its exit code."""
+    def answer(*arguments):
+        monkeypatch.setattr(sys, "argv", ["decide.py", *arguments])
+        try:
+            decide.main()
+            words, code = capsys.readouterr().out, 0
+        except SystemExit as error:
+            words, code = f"{error}\n", 1
+        assert words.count("\n") == 1
+        return words.strip(), code
+    return answer
+
+
+# -- the rule
+
+def test_noise_is_pooled_over_commits():
+    """Squares 1 + 0 + 1 and 4 + 4, so s = sqrt(10 / 3); a single run has no distance."""
+    s, freedom = decide.noise([[1.0, 2.0, 3.0], [10.0, 14.0], [99.0]])
+    assert freedom == 3 and s == pytest.approx((10 / 3) ** 0.5)
+
+
+@pytest.mark.parametrize("freedom,factor", [(1, 5), (3, 5), (4, 3.5), (7, 3.5), (8, 3), (50, 3)])
+def test_the_factor_falls_as_the_noise_becomes_known(freedom, factor):
+    assert decide.margin(0.01, freedom) == pytest.approx(factor * 0.01)
+    assert decide.margin(0.0001, freedom) == 0.002
+
+
+def test_a_noise_that_nobody_knows():
+    s, freedom = decide.noise([[1.3], [1.2]])
+    assert s != s and decide.margin(s, freedom) == 0.002
+
+
+@pytest.mark.parametrize("val_bpb,result,simpler", [
+    # gains 0.010001 and 0.010000: the margin has to be exceeded
+    (1.288999, "keep", False), (1.289000, "run the pair", True),
+    # 0.003334 and 0.003333: more than a third of it
+    (1.295666, "run the pair", True), (1.295667, "discard", True),
+    # worse by just less and just more than s
+    (1.300999, "discard", True), (1.301001, "discard", False)])
+def test_the_boundaries_on_seed_42(val_bpb, result, simpler, write, log, answer):
+    write(*BASELINE)
+    log(IDEA, 42, val_bpb)
+    words, code = answer()
+    assert words.startswith(f"{result}: gain {1.299 - val_bpb:+.6f} over {KEPT} on seed 42")
+    assert "; margin 0.010000, noise 0.002000, f = 3" in words and code == 0
+    assert ("or keep if the code got simpler" in words) == simpler
+    asked = f"run {IDEA} on seed 43 and right after it {KEPT} on seed 43" in words
+    assert asked == (result == "run the pair")
+
+
+def test_the_floor():
+    assert decide.verdict(1.24 - 1.238, 0.002) == "run the pair"
+    assert decide.verdict(1.24 - 1.237999, 0.002) == "keep"
+
+
+@pytest.mark.parametrize("val_bpb,result", [(1.298000, "discard"), (1.297999, "keep")])
+@pytest.mark.parametrize("told", [[], [row(KEPT, 1.303, "keep", "again, seed 43")]])
+def test_a_pair(val_bpb, result, told, write, log, answer):
+    """
+    Gain 0.009 on seed 42. With 0.005 on seed 43 the mean is 0.007, which is not more than 0.7 of
+    the margin; with 0.005001 it is more. A row of the pair that is there already changes nothing:
+    1.303 would put s at sqrt(0.0000192 / 4), and with it the margin at 0.0077.
+    """
+    write(*BASELINE, *told)
+    log(IDEA, 42, 1.29, 20)
+    log(IDEA, 43, val_bpb, 12)
+    log(KEPT, 43, 1.303, 5)
+    words, code = answer()
+    assert words.startswith(f"{result}: gain +0.009000 over {KEPT} on seed 42, "
+                            f"{1.303 - val_bpb:+.6f} on seed 43, mean +0.00700") and code == 0
+    assert "(needed: 0.007000); margin 0.010000" in words
+
+
+@pytest.mark.parametrize("val_bpb,result", [(1.28, "keep"), (1.298, "discard")])
+def test_a_pair_counts_only_where_it_is_asked_for(val_bpb, result, write, log, answer):
+    write(*BASELINE)
+    log(IDEA, 42, val_bpb, 20)
+    log(IDEA, 43, 1.303 - (1.299 - val_bpb), 12)
+    log(KEPT, 43, 1.303, 5)
+    words, code = answer()
+    assert words.startswith(f"{result}: ") and "on seed 43" not in words and code == 0
+
+
+@pytest.mark.parametrize("mine,theirs,words", [
+    (12, None, f"f = 3; now run {KEPT} on seed 43; or keep if"),
+    (12, 19, f"f = 3; now run {KEPT} on seed 43; or keep if"),
+    (31, None, "f = 3; the runs on seed 43 are too far apart, so again run bbbbbb2 on seed 43 and"),
+    (50, 19, "f = 3; the runs on seed 43 are too far apart, so again run bbbbbb2 on seed 43 and"),
+    (50, 21, "mean +0.009000 (needed: 0.007000)")])
+def test_half_a_pair_and_halves_of_different_hours(mine, theirs, words, write, log, answer):
+    """In minutes ago. At most 30 between their ends, and the idea first."""
+    write(*BASELINE)
+    log(IDEA, 42, 1.29, 60)
+    log(IDEA, 43, 1.294, mine)
+    if theirs:
+        log(KEPT, 43, 1.303, theirs)
+    line, code = answer()
+    assert words in line and code == 0
+
+
+def test_of_runs_the_mean_counts_and_of_logs_the_newest(write, log, answer):
+    """By hand: (1.299 + 1.297) / 2 = 1.298 on seed 42; the older log would be a gain of 0.098."""
+    write(*BASELINE[:3], row(KEPT, 1.297, "keep", "again, seed 42"))
+    log(IDEA, 42, 1.2, 30)
+    log(IDEA, 42, 1.294, 3)
+    words, _ = answer()
+    assert words.startswith(f"discard: gain +0.004000 over {KEPT} on seed 42; margin 0.012583")
+
+
+def test_the_last_kept_commit(write, log, answer):
+    """The row of the pair's other half comes last, and does not bring the old commit back."""
+    write(*BASELINE, row("ccccccc", 1.29, "keep", "wider"),
+          row("ccccccc", 1.294, "keep", "seed 43: wider"),
+          row(KEPT, 1.303, "keep", "again, seed 43"), row("ddddddd", 1.3, "discard", "deeper"))
+    log(IDEA, 42, 1.25)
+    assert answer()[0].startswith("keep: gain +0.040000 over ccccccc on seed 42")
+
+
+def test_a_crash_is_no_number(write, log, answer):
+    write(row(KEPT, 0, "crash", "baseline on cpu (2 cores), seed 42"), *BASELINE,
+          row("ccccccc", 1.3, "discard", "wider"), row("ccccccc", 0, "crash", "seed 43: wider"))
+    log(IDEA, 42, 1.28)
+    assert answer()[0].endswith("margin 0.010000, noise 0.002000, f = 3")
+
+
+def test_a_machine_without_a_name_and_bytes_that_are_no_text(folder, log, answer):
+    rows = [each.replace(" on cpu (2 cores)", "") for each in BASELINE]
+    text = HEADER + "\n".join([*rows, row("ccccccc", 1.3, "discard", "\xe9")])
+    (folder / "results.tsv").write_bytes(text.encode("latin-1"))
+    log(IDEA, 42, 1.28, device="cuda (H100)")
+    assert answer()[0].startswith("keep: gain +0.019000")
+
+
+def test_another_machine_is_another_session(write, log, answer):
+    """There the runs lie 6, -2, -2, -2 from their mean 1.402, so s is 4 thousandths."""
+    there = [row("ccccccc", 1.400, "keep", "baseline on cuda (H100), seed 42"),
+             row("ccccccc", 1.408, "keep", "baseline on cuda (H100), seed 43"),
+             row("ccccccc", 1.400, "keep", "baseline on cuda (H100), seed 44"),
+             row("ccccccc", 1.400, "keep", "again, seed 42")]
+    here = [*BASELINE, row("ccccccc", 1.25, "keep", "wider"),
+            row(IDEA, 1.24, "discard", "undecided when the night moved")]
+    write(*here, *there[:2])
+    log(IDEA, 42, 1.37, device="cuda (H100)")
+    words, code = answer()
+    assert words.startswith("2 of 4 baselines missing: run ccccccc on seed 44 first") and code == 1
+    write(*here, *there)
+    assert answer()[0].startswith("keep: gain +0.030000 over ccccccc on seed 42; "
+                                  "margin 0.020000, noise 0.004000, f = 3")
+    log(IDEA, 42, 1.2)
+    words, code = answer()
+    assert "ran on cpu (2 cores), the baseline on cuda (H100): on a new machine run" in words
+    assert code == 1
+
+
+@pytest.mark.parametrize("description,kind,seed,machine", [
+    ("baseline", "baseline", 42, None),
+    ("Baseline, seed 43", "baseline", 43, None),
+    ("baseline on cpu (AMD EPYC, 2 cores), seed 44", "baseline", 44, "cpu (AMD EPYC, 2 cores)"),
+    ("baseline on cpu (x86_64), seed 42, again 1", "baseline", 42, "cpu (x86_64)"),
+    ("again, seed 43", "repeat", 43, None),
+    ("Seed 43: wider", "repeat", 43, None),
+    ("wider; seed 43 was lucky", "idea", 42, None),
+    ("baseline learning rate doubled", "idea", 42, None)])
+def test_what_a_description_says(description, kind, seed, machine):
+    row = decide.Row(0, KEPT, 1.3, 1.0, "keep", description)
+    assert (row.kind, row.seed, row.machine) == (kind, seed, machine)
+
+
+# -- a sentence for everything else
+
+def test_an_idea_that_has_a_row_is_decided(write, answer):
+    write(*BASELINE, row(IDEA, 1.2, "discard", "wider"))
+    assert answer() == (f"discard: decided already, results.tsv has a row of {IDEA}", 0)
+
+
+def test_when_to_repeat_the_last_kept_commit(write, log, answer):
+    """Ten rows after it ran, the idea's own and crashes included; not while a pair is to be run."""
+    others = [row(f"{number:07x}", 1.3, "discard", "no") for number in range(8)]
+    others[3] = row(KEPT, 1.303, "keep", "again, seed 43")
+    crash = row("e" * 7, 0, "crash", "out of memory")
+    write(*BASELINE, *others)
+    log(IDEA, 42, 1.3)
+    assert "time to run" not in answer()[0]
+    write(*BASELINE, *others, crash)
+    assert answer()[0].endswith("; then it is time to run the last kept commit on seed 42 again")
+    log(IDEA, 42, 1.295)
+    words, _ = answer()
+    assert words.startswith("run the pair") and "time to run" not in words
+    assert "is the last kept commit: commit an idea; margin" in answer(KEPT)[0]
+    write(*BASELINE, *others, crash, crash)
+    assert "is the last kept commit: run it on seed 42 again; margin" in answer(KEPT)[0]
+
+
+def test_a_busy_machine(write, log, answer):
+    """899 steps are over 10% less than 1000, the median of the kept commit's runs; 900 are not."""
+    write(*BASELINE)
+    for minutes, steps in (90, 1000), (80, 1020), (70, 700):
+        log(KEPT, 42, 1.299, minutes, num_steps=steps)
+    log(IDEA, 42, 1.298, 3, num_steps=900)
+    assert "busy" not in answer()[0]
+    log(IDEA, 42, 1.298, 3, num_steps=899)
+    assert f"; run-{IDEA}-42-240003.log has 899 steps instead of 1000: unless" in answer()[0]
+    # the other half of a pair, which would make the idea look good
+    log(IDEA, 42, 1.29, 20)
+    log(IDEA, 43, 1.294, 12)
+    log(KEPT, 43, 1.4, 5, num_steps=500)
+    log(IDEA, 42, 1.29, 3)
+    assert f"run-{KEPT}-43-240005.log has 500 steps" in answer()[0]
+
+
+def test_without_results(folder, answer):
+    assert answer() == ("there is no results.tsv: make it as program.md says (Setup)", 1)
+
+
+@pytest.mark.parametrize("rows,words", [
+    ([], "results.tsv has no baseline: run train.py as it is on seeds 42, 43, 44, and 42 again"),
+    ([row(KEPT, 0, "crash", "baseline on cpu, seed 42")], "results.tsv has no baseline: run"),
+    ([row(KEPT, 1.3, "keep", "again, seed 42")], "results.tsv has no baseline: run"),
+    (BASELINE[:1], f"3 of 4 baselines missing: run {KEPT} on seed 43 first, or write its row"),
+    (BASELINE[:2], f"2 of 4 baselines missing: run {KEPT} on seed 44 first"),
+    (BASELINE[:3], f"1 of 4 baselines missing: run {KEPT} on seed 42 first"),
+    (BASELINE[:2] + BASELINE[3:], f"1 of 4 baselines missing: run {KEPT} on seed 44 first"),
+    (BASELINE[:2] + BASELINE[3:] + [row("ccccccc", 1.3, "discard", "seed 44: wider")],
+     f"1 of 4 baselines missing: run {KEPT} on seed 44 first"),
+    (BASELINE, f"there is no run-{IDEA}-42-*.log: run {IDEA} on seed 42 first"),
+    (BASELINE + [row("ccccccc", 1.2, "keep", "baseline on cpu (2 cores), seed 43")],
+     f"there is no run-{IDEA}-42-*.log: run {IDEA} on seed 42 first"),
+    (["c 1.3 spaces"], "results.tsv, line 2: 1 fields between tabs instead of 5; correct it: c"),
+    (BASELINE + [row(IDEA, 1.2, "maybe", "")], "results.tsv, line 6: status 'maybe' instead of"),
+    ([f"{KEPT}\tx\t1.0\tkeep\t"], "line 2: could not convert string to float: 'x'; correct it"),
+    ([row(KEPT, 0, "keep", "baseline")], "line 2: status keep, but val_bpb 0.000000; correct it"),
+    ([row(KEPT, float("nan"), "discard", "")], "line 2: status discard, but val_bpb nan")])
+def test_rows_that_are_missing_or_malformed(rows, words, write, answer):
+    write(*rows)
+    line, code = answer()
+    assert words in line and code == 1
+
+
+def test_a_last_kept_commit_without_a_row_on_seed_42(write, log, answer):
+    write(*BASELINE, row("ccccccc", 1.2, "keep", "baseline on cpu (2 cores), seed 43"))
+    log(IDEA, 42, 1.1)
+    words, code = answer()
+    assert words == "ccccccc, the last kept commit, has no row on seed 42: run it there first"
+    assert code == 1
+
+
+def test_the_last_kept_commit_itself(write, answer):
+    write(*BASELINE)
+    line, code = answer(KEPT)
+    assert line == (f"nothing to decide, {KEPT} is the last kept commit: commit an idea; "
+                    "margin 0.010000, noise 0.002000, f = 3") and code == 1
+
+
+@pytest.mark.parametrize("val_bpb,text,more,words", [
+    (None, "", dict(), "has no val_bpb: wait if it is still running; delete it if it was stopped "
+     f"by mistake; if it crashed, `tail -n 50 run-{IDEA}-42-240001.log` says why"),
+    (None, "FAIL: the loss is NaN", dict(), "FAIL: the loss is NaN. Fix the bug and commit on top"),
+    (1.2, "", dict(time_budget="60 (not comparable)"), "'time_budget: 60 (not comparable)': corr"),
+    (1.2, "", dict(seed=43), "ran on seed 43: rename it, and run on seed 42"),
+    (1.2, "", dict(device="cuda (H100)"), "ran on cuda (H100), the baseline on cpu (2 cores): on")])
+def test_logs_without_a_number_that_compares(val_bpb, text, more, words, write, log, answer):
+    """The newest log decides, though there is an older one that would do."""
+    write(*BASELINE)
+    log(IDEA, 42, 1.2, 30)
+    log(IDEA, 42, val_bpb, 1, text, **more)
+    line, code = answer()
+    assert line.startswith(f"run-{IDEA}-42-240001.log") and words in line and code == 1
+
+
+def test_an_idea_that_ran_on_seed_43_only(write, log, answer):
+    write(*BASELINE)
+    log(IDEA, 43, 1.2)
+    assert answer() == (f"there is no run-{IDEA}-42-*.log: run {IDEA} on seed 42 first", 1)
+
+
+# -- the programs
+
+def test_the_command_in_a_clone(tmp_path):
+    """With nothing but the standard library (-S), on HEAD and on a commit by name."""
+    def git(*arguments):
+        command = ["git", "-C", tmp_path, "-c", "user.name=t", "-c", "user.email=t@t", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def program(*arguments):
+        command = [sys.executable, "-S", ROOT / "decide.py", *arguments]
+        result = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True)
+        return result.stdout, result.returncode
+
+    def unknown(name):
+        return f"{name} is no commit here; `git log --oneline --all` lists them\n", 1
+
+    results = tmp_path / "results.tsv"
+    results.write_text(HEADER)
+    assert program() == unknown("HEAD")
+    git("init", "-q")
+    git("commit", "-qm", "baseline", "--allow-empty")
+    kept = git("rev-parse", "--short", "HEAD")
+    results.write_text(HEADER + "\n".join(BASELINE).replace(KEPT, kept))
+    assert program()[0].startswith(f"nothing to decide, {kept} is the last kept commit")
+    git("commit", "-qm", "idea", "--allow-empty")
+    idea = git("rev-parse", "--short", "HEAD")
+    (tmp_path / f"run-{idea}-42-240100.log").write_text("val_bpb:          1.280000\n")
+    said = program()
+    assert said[0].startswith(f"keep: gain +0.019000 over {kept} on seed 42") and said[1] == 0
+    assert program("HEAD", "--results", str(results)) == program(git("rev-parse", "HEAD")) == said
+    assert program("nonsense") == unknown("nonsense")
+
+
+def test_the_simulation_prints_its_table():
+    """Few nights, so within wide bounds; 10,000 have 4.7, 3.0 and 1.1% on a steady machine."""
+    result = subprocess.run([sys.executable, ROOT / "dev" / "simulate.py", "--nights", "200"],
+                            capture_output=True, text=True, check=True)
+    lines = [line.strip("| ").split(" | ") for line in result.stdout.splitlines()]
+    assert [line[0] for line in lines[2:]] == ["0", "0.5, 0.5", "0.8, 0.5", "0.8, 0.8", "0.8, 0.95"]
+    for _, first, ten, sixty in lines[2:]:
+        assert float(first) < 10 and 0.5 < float(ten) < 6 and 0.3 < float(sixty) < 3
