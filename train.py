@@ -150,7 +150,7 @@ class Embedding(nn.Embedding):
         if not self.training or self.dropout == 0:
             return x
         keep = torch.rand(*ids.shape, 1, device=x.device) >= self.dropout
-        return x * keep / (1 - self.dropout)
+        return x * (keep / (1 - self.dropout))
 
 
 class ShortConv(nn.Module):
@@ -229,14 +229,16 @@ class Block(nn.Module):
 
 def softcap(z, cap):
     """Logits within +-cap. The usual cap x tanh(z / cap) takes longer on a CPU."""
-    return z * torch.rsqrt(1 + (z / cap).square())
+    return z * torch.rsqrt(1 + (z * (1 / cap)).square())
 
 
 def chunk_loss(x, weight, targets, cap):
     """Cross entropy in nats, summed over targets (N,) that are not -1. x: (N, width)."""
     logits = softcap(F.linear(x, weight.to(x.dtype)).float(), cap)
-    target = logits.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
-    loss = logits.exp().sum(-1).log() - target              # softcap bounds exp: no overflow
+    tokens = torch.arange(len(weight), dtype=torch.int32, device=x.device)
+    is_target = targets.int()[:, None] == tokens            # unlike gather(), fused with the rest
+    target_logits = logits.where(is_target, 0).sum(-1)
+    loss = logits.exp().sum(-1).log() - target_logits       # softcap bounds exp: no overflow
     return (loss * (targets >= 0)).sum()
 
 
