@@ -4,9 +4,9 @@ One experiment: train a small GPT for five minutes on the text that prepare.py m
     uv run train.py                     # about six minutes with startup and evaluation
 
 Hyperparameters, model, optimizer, training loop, in this order; everything may be changed. What
-comes from prepare.py (batches, clock, metric, seed) is fixed, so that the numbers of two versions
-of this file compare. The dataset is the one that prepare.py was last run for. machine.py has what
-depends on the hardware: dtype, attention kernels, compiler.
+comes from prepare.py (batches, clock, metric, seed) is fixed, so that results of two versions of
+this file are comparable. The dataset is the one that prepare.py was last run for. machine.py holds
+what is hardware-specific: dtype, attention kernels, compiler.
 """
 
 import prepare  # first: it seals this process off from the texts, before torch starts threads
@@ -23,7 +23,7 @@ from torch.optim.adamw import adamw
 import machine
 
 # ------------------------------------------------------------------------------------------------
-# Hyperparameters: BASE explains them, a recipe overrides them for its dataset
+# Hyperparameters: each has its default in BASE; a recipe overrides some for its dataset
 
 BASE = dict(
     # Model
@@ -31,30 +31,30 @@ BASE = dict(
     depth=4,                    # blocks
     width=256,                  # of the residual stream
     head_dim=64,                # of each attention head
-    window_pattern="L",         # Short and Long attention layers, repeated; the last is always long
-    short_window=256,           # tokens that a short layer sees, where the kernel gains by it
+    window_pattern="L",         # Short and Long attention layers, repeated; the last one is long
+    short_window=256,           # tokens a short layer sees; all, if no kernel here gains by windows
     rotary_base=1e4,            # wavelengths from 2 pi to 2 pi x this, in tokens
-    qk_scale=1.1,               # multiplies normed queries and keys
-    softcap=15,                 # logits stay within +- this, 75 at most
+    qk_scale=1.1,               # multiplies queries and keys after RMS norm
+    softcap=15,                 # logits stay within +-this; above 75, exp() could overflow
     value_embed_every=2,        # value embeddings in every nth block, counted from the last
     # For a small text seen for many epochs
     short_conv=0,               # previous tokens in a causal depthwise convolution
     bigram_rows=0,              # of a hashed bigram embedding
-    embed_dropout=0.0,          # fraction of tokens without their embedding in training
-    value_dropout=0.0,          # the same for value embeddings
-    bigram_dropout=0.0,         # the same for the bigram embedding
+    embed_dropout=0.0,          # probability of zeroing a position's token embedding
+    value_dropout=0.0,          # the same, value embedding
+    bigram_dropout=0.0,         # the same, bigram embedding
     # Batch
     device_batch_size=32,       # rows of a micro-batch; warmup halves it on out of memory
     grad_accum_steps=1,         # micro-batches per optimizer step
-    # AdamW; learning rates of embeddings are multiplied by (width / 768)^-0.5
+    # AdamW; rates of the embeddings and the output head are multiplied by (width / 768)^-0.5
     embedding_lr=0.6,           # token and value embeddings
-    embedding_decay=0.003,      # weight decay of the same
+    embedding_decay=0.003,      # their weight decay
     bigram_lr=0.3,              # bigram embedding
-    relative_eps=0.0,           # of all these, x RMS of their gradient: rare rows learn slower
+    relative_eps=0.0,           # eps of all embeddings / RMS of their gradient: slows rare rows
     unembedding_lr=0.005,       # output head
     scalar_lr=0.1,              # gates and residual weights
     short_conv_lr=0.02,
-    # Muon, for every matrix in the blocks
+    # Muon, for the matrices of attention and MLP
     matrix_lr=0.04,
     matrix_decay=0.2,           # cautious weight decay, falls to 0 over the run
     momentum_steps=200,         # steps over which momentum rises from 0.85 to 0.95
@@ -135,34 +135,16 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-class Embedding(nn.Embedding):
-    """
-    With dropout of whole positions: embeddings memorize a text that they see for many epochs
-    (arXiv 1512.05287 drops words instead).
-    """
-
-    def __init__(self, rows, width, dropout, sparse=False):
-        super().__init__(rows, width, sparse=sparse)
-        self.dropout = dropout
-
-    def forward(self, ids):
-        x = super().forward(ids)
-        if not self.training or self.dropout == 0:
-            return x
-        keep = torch.rand(*ids.shape, 1, device=x.device) >= self.dropout
-        return x * (keep / (1 - self.dropout))
-
-
 class ShortConv(nn.Module):
     """A causal depthwise convolution over n previous tokens, plus x (Primer, arXiv 2109.08668)."""
 
     def __init__(self, width, n):
         super().__init__()
-        self.conv = nn.Parameter(torch.empty(n, width))     # oldest token first
+        self.weight = nn.Parameter(torch.empty(n, width))   # oldest token first
 
     def forward(self, x):               # (B, T, width)
-        n, T = self.conv.size(0), x.size(1)
-        weights = self.conv.to(x.dtype)
+        n, T = self.weight.size(0), x.size(1)
+        weights = self.weight.to(x.dtype)
         padded = F.pad(x, (0, 0, n, 0))
         for j in range(n):
             x = x + weights[j] * padded[:, j:j + T]
@@ -173,7 +155,10 @@ GATE_INPUT = 32     # channels of x that decide how much of the value embedding 
 
 
 class Attention(nn.Module):
-    """attend(q, k, v, window): causal, scaled by head_dim^-0.5; all are (B, T, heads, head_dim)."""
+    """
+    attend(q, k, v, window) is causal and scales by head_dim^-0.5; its arguments and result are
+    (B, T, heads, head_dim). Any other function that keeps to this may take its place.
+    """
 
     def __init__(self, h, attend, window, gated):
         super().__init__()
@@ -214,8 +199,8 @@ class Block(nn.Module):
         self.attention = Attention(h, attend, window, gated)
         self.mlp = MLP(h)
         self.residual = nn.Parameter(torch.empty(3))        # weights of x, x0 and bigram
-        self.before_attention = ShortConv(h.width, h.short_conv) if h.short_conv else nn.Identity()
-        self.before_mlp = ShortConv(h.width, h.short_conv) if h.short_conv else nn.Identity()
+        self.attention_conv = ShortConv(h.width, h.short_conv) if h.short_conv else nn.Identity()
+        self.mlp_conv = ShortConv(h.width, h.short_conv) if h.short_conv else nn.Identity()
 
     @machine.compiled
     def forward(self, x, x0, bigram, value_embed, cos, sin):
@@ -223,8 +208,8 @@ class Block(nn.Module):
         x = weights[0] * x + weights[1] * x0
         if bigram is not None:
             x = x + weights[2] * bigram
-        x = x + self.attention(self.before_attention(norm(x)), value_embed, cos, sin)
-        return x + self.mlp(self.before_mlp(norm(x)))
+        x = x + self.attention(self.attention_conv(norm(x)), value_embed, cos, sin)
+        return x + self.mlp(self.mlp_conv(norm(x)))
 
 
 def softcap(z, cap):
@@ -242,25 +227,21 @@ def chunk_loss(x, weight, targets, cap):
     return (loss * (targets >= 0)).sum()
 
 
-# Loss and gradients chunk by chunk along N: the logits of a whole batch never exist at once.
+# Sums loss and gradients over chunks of N, so that a batch's logits are never materialized.
 summed_loss = machine.in_chunks(chunk_loss)
 
 
 class GPT(nn.Module):
     """
-    A new parameter has to be entered in init_weights and in make_optimizer; both raise an error
-    that names one that they do not know.
-
-    windowed: whether a window makes attend faster; if not, every layer sees the whole context.
+    A new parameter must be added to init_weights and to make_optimizer, which raise on unknown
+    names. windowed: whether attend gains by a window; if not, every layer sees the whole context.
     """
 
     def __init__(self, h, context, dtype, attend=machine.sdpa, windowed=False):
         super().__init__()
         self.h, self.dtype = h, dtype
-        self.embed = Embedding(h.vocab_size, h.width, h.embed_dropout)
-        self.bigram = None
-        if h.bigram_rows:
-            self.bigram = Embedding(h.bigram_rows, h.width, h.bigram_dropout, sparse=True)
+        self.embed = nn.Embedding(h.vocab_size, h.width)
+        self.bigram = nn.Embedding(h.bigram_rows, h.width, sparse=True) if h.bigram_rows else None
         self.value_embed = nn.ModuleDict()
         self.blocks = nn.ModuleList()
         for i in range(h.depth):
@@ -269,7 +250,7 @@ class GPT(nn.Module):
             window = h.short_window if short else context
             gated = (h.depth - 1 - i) % h.value_embed_every == 0
             if gated:
-                self.value_embed[str(i)] = Embedding(h.vocab_size, h.width, h.value_dropout)
+                self.value_embed[str(i)] = nn.Embedding(h.vocab_size, h.width)
             self.blocks.append(Block(h, attend, window, gated))
         self.unembed = Linear(h.width, h.vocab_size)
         cos, sin = rotary_tables(context, h.head_dim, h.rotary_base)
@@ -280,14 +261,16 @@ class GPT(nn.Module):
     def init_weights(self):
         bound = 0.68 * math.sqrt(3 / self.h.width)          # standard deviation 0.68 / width^0.5
         for name, p in self.named_parameters():
-            match kind(name):
+            match role(name):
                 case "embed":
                     p.normal_(std=0.8)
                 case "unembed":
                     p.normal_(std=0.001)
                 case "attention.q" | "attention.k" | "attention.v" | "mlp.up" | "value_embed":
                     p.uniform_(-bound, bound)
-                case "attention.out" | "mlp.down" | "attention.gate" | "bigram" | "conv":
+                case "attention.out" | "mlp.down" | "attention.gate" | "bigram":
+                    p.zero_()
+                case "attention_conv" | "mlp_conv":
                     p.zero_()
                 case "residual":
                     p.copy_(torch.tensor([1, 0.1, 0.1]))
@@ -297,23 +280,34 @@ class GPT(nn.Module):
     def forward(self, ids, targets=None):
         """
         Logits (B, T, vocab_size) in float32 for token ids (B, T): evaluation takes these. With
-        targets (B, T), in training, their mean loss in nats, without those that are -1.
+        targets (B, T), in training, their mean loss in nats, ignoring -1.
         """
-        x0 = norm(self.embed(ids).to(self.dtype))
+        h = self.h
+        x0 = self.drop(norm(self.embed(ids).to(self.dtype)), h.embed_dropout)
         bigram = None
         if self.bigram is not None:
-            bigram = self.bigram(bigram_hash(ids, self.h.bigram_rows)).to(self.dtype)
-        x = x0.clone()      # the same tensor twice would have the first block compiled apart
+            bigram = self.bigram(bigram_hash(ids, h.bigram_rows)).to(self.dtype)
+            bigram = self.drop(bigram, h.bigram_dropout)
+        x = x0.clone()      # aliased inputs would have block 0 compiled separately
         cos, sin = self.cos[:ids.size(1)], self.sin[:ids.size(1)]
         for i, block in enumerate(self.blocks):
-            value_embed = self.value_embed[str(i)](ids) if str(i) in self.value_embed else None
+            value_embed = None
+            if str(i) in self.value_embed:
+                value_embed = self.drop(self.value_embed[str(i)](ids), h.value_dropout)
             x = block(x, x0, bigram, value_embed, cos, sin)
         x = norm(x)
         if targets is None:
-            return softcap(self.unembed(x).float(), self.h.softcap)
+            return softcap(self.unembed(x).float(), h.softcap)
         targets = targets.flatten()
-        loss = summed_loss(x.flatten(0, 1), self.unembed.weight, targets, self.h.softcap)
+        loss = summed_loss(x.flatten(0, 1), self.unembed.weight, targets, h.softcap)
         return loss / (targets >= 0).sum()
+
+    def drop(self, x, p):
+        """
+        Dropout of whole positions of x (B, T, width): embeddings memorize a text that they see
+        for many epochs (arXiv 1512.05287 drops words for the same reason).
+        """
+        return F.dropout1d(x, p, self.training)
 
     def flops_per_token(self, context):
         """
@@ -334,9 +328,9 @@ def bigram_hash(ids, rows):
     return ((36313 * ids) ^ (27191 * previous)) % rows
 
 
-def kind(name):
-    """What a parameter is: "attention.q" for "blocks.0.attention.q.weight"."""
-    words = name.replace("before_attention.", "").replace("before_mlp.", "").split(".")
+def role(name):
+    """What a parameter does: "attention.q" for "blocks.0.attention.q.weight"."""
+    words = name.split(".")
     return ".".join(w for w in words if w not in ("blocks", "weight") and not w.isdigit())
 
 # ------------------------------------------------------------------------------------------------
@@ -363,15 +357,15 @@ def orthogonalize(g, dtype=torch.float32):
 
 
 def short_side(p):
-    """The dimension that NorMuon averages over: a mean stays for each entry of the longer one."""
+    """The dimension that NorMuon averages over, which leaves a mean per row or per column."""
     return -1 if p.size(-2) >= p.size(-1) else -2
 
 
 def muon_update(p, g, m, v, lr, momentum, beta2, decay, dtype):
     """
-    One step of Muon on matrices p (N, rows, columns) with gradient g, momentum m, and v, running
-    mean squares of the update's rows or columns, by which NorMuon (arXiv 2510.05491) divides.
-    Weight decay is cautious (arXiv 2510.12402): only where it agrees with the update.
+    One step of Muon on matrices p (N, rows, columns) with gradient g, momentum m, and v, second
+    moments of the update per row or column, which NorMuon (arXiv 2510.05491) divides by. Weight
+    decay is cautious (arXiv 2510.12402): only where it agrees with the update.
     """
     m.lerp_(g, 1 - momentum)
     update = orthogonalize(g.lerp(m, momentum), dtype)      # Nesterov
@@ -445,10 +439,10 @@ def make_optimizer(model, h):
     """A MuonAdamW with every parameter in exactly one group."""
     params = defaultdict(list)
     for name, p in model.named_parameters():
-        params[kind(name)].append(p)
+        params[role(name)].append(p)
 
-    def take(*kinds):
-        return [p for kind in kinds for p in params.pop(kind, [])]
+    def take(*roles):
+        return [p for role in roles for p in params.pop(role, [])]
 
     scale = (h.width / 768) ** -0.5
     groups = [
@@ -457,17 +451,18 @@ def make_optimizer(model, h):
         dict(params=take("bigram"), lr=scale * h.bigram_lr, relative_eps=h.relative_eps),
         dict(params=take("unembed"), lr=scale * h.unembedding_lr),
         dict(params=take("residual", "attention.gate"), lr=h.scalar_lr),
-        dict(params=take("conv"), lr=h.short_conv_lr),
+        dict(params=take("attention_conv", "mlp_conv"), lr=h.short_conv_lr),
     ]
-    defaults = dict(kind="adamw", betas=(0.8, 0.95), eps=1e-10, decay=0.0)
-    groups = [defaults | group for group in groups if group["params"]]
+    adamw_defaults = dict(kind="adamw", betas=(0.8, 0.95), eps=1e-10, decay=0.0)
+    groups = [adamw_defaults | group for group in groups if group["params"]]
 
     matrices = take("attention.q", "attention.k", "attention.v", "attention.out",
                     "mlp.up", "mlp.down")
-    defaults = dict(kind="muon", lr=h.matrix_lr, momentum=0.95, beta2=0.9, decay=h.matrix_decay)
+    muon_defaults = dict(kind="muon", lr=h.matrix_lr, momentum=0.95, beta2=0.9,
+                         decay=h.matrix_decay, dtype=model.dtype)
     for shape in sorted({p.shape for p in matrices}):
         same_shape = [p for p in matrices if p.shape == shape]
-        groups.append(defaults | dict(params=same_shape, dtype=model.dtype))
+        groups.append(muon_defaults | dict(params=same_shape))
     assert not params, f"make_optimizer does not know {', '.join(params)}"
     return MuonAdamW(groups)
 
@@ -487,7 +482,8 @@ def set_schedule(optimizer, h, step, progress):
 def build(h, context, device):
     """The model, initialized, and its optimizer."""
     dtype = machine.compute_dtype(device)
-    model = GPT(h, context, dtype, *machine.choose_attention(device)).to(device)
+    attend, windowed = machine.choose_attention(device)
+    model = GPT(h, context, dtype, attend, windowed).to(device)
     model.init_weights()
     return model, make_optimizer(model, h)
 
@@ -510,7 +506,7 @@ def main():
         grad_accum_steps = h.grad_accum_steps * h.device_batch_size // rows
 
         step, train_loss = 0, 0.0
-        for micro_step, (x, y) in enumerate(run.batches(rows), start=1):   # for five minutes
+        for micro_step, (x, y) in enumerate(run.batches(rows), start=1):   # until time is up
             loss = model(x, y) / grad_accum_steps
             loss.backward()
             train_loss += loss.detach()

@@ -85,8 +85,8 @@ def test_a_window_limits_what_a_layer_sees():
 
 def test_short_conv_is_a_causal_depthwise_convolution():
     x, conv = torch.randn(2, 20, 6), train.ShortConv(6, 3)
-    torch.nn.init.normal_(conv.conv)
-    kernel = torch.cat([conv.conv, torch.ones(1, 6)]).T[:, None]    # ends with the token itself
+    torch.nn.init.normal_(conv.weight)
+    kernel = torch.cat([conv.weight, torch.ones(1, 6)]).T[:, None]    # ends with the token itself
     expected = F.conv1d(F.pad(x.mT, (3, 0)), kernel, groups=6).mT
     assert_close(conv(x), expected)
 
@@ -186,17 +186,13 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         assert_close(whole, parts, atol=1e-6)
 
 
-def test_dropout_drops_whole_tokens_keeps_the_mean_and_ends_with_training():
+def test_dropout_drops_whole_positions_keeps_the_mean_and_ends_with_training():
     torch.manual_seed(0)
-    embedding = train.Embedding(10, 3, dropout=0.25)
-    torch.nn.init.ones_(embedding.weight)
-    ids = torch.randint(0, 10, (50, 100))
-    y = embedding(ids)
-    assert y.unique().tolist() == pytest.approx([0, 4 / 3])
-    assert (y == y[..., :1]).all() and y.mean().item() == pytest.approx(1, abs=0.03)
-    assert (embedding.eval()(ids) == 1).all()
     dropouts = dict(embed_dropout=0.5, value_dropout=0.5, bigram_dropout=0.5)
     model, ids = noisy_model(**dropouts), random_ids()
+    y = model.drop(torch.ones(50, 100, 3), 0.25)
+    assert y.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert (y == y[..., :1]).all() and y.mean().item() == pytest.approx(1, abs=0.03)
     assert (model(ids) != model(ids)).any()
     model.eval()
     assert (model(ids) == model(ids)).all()
