@@ -14,8 +14,9 @@ off from them (seal.py). How things travel between the two, through the class Ru
 - A batch: the loop in train.py takes it from run.batches, which asks the referee. The referee looks
   at its clock, packs token ids into a memory-mapped file, and Run makes x and y of them.
 - The number: run.evaluate_bpb asks the referee. It writes token ids to such a file, Run puts them
-  through the model and writes the logits to another, the referee takes their cross entropy and
-  answers with val_bpb. In the end run.report has it write the journal line.
+  through the model and writes the logits to another, the referee computes the cross entropy with
+  targets that it keeps and answers with val_bpb. Finally run.report has it write the journal line:
+  that line counts, not what train.py's process prints.
 """
 
 import argparse
@@ -122,6 +123,7 @@ if sys.argv[1:2] == ["--copy"]:     # verify.py as the process of a copy of trai
 
 import cloudpickle
 import numpy as np
+import psutil
 import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -247,7 +249,7 @@ def download(url, path, bar=None):
     """
     Fetch `url` into `path` unless it is there. An interrupted download continues where it stopped.
 
-    Raises OSError (requests' errors are) if it can't be had, or isn't what the server announced.
+    Raises OSError (requests' errors are) if that fails, or if it isn't what the server announced.
     """
     if path.exists():
         return
@@ -664,7 +666,7 @@ def prepare(dataset, vocab_size, num_shards, workers, command):
         same_size = name.startswith("train") or entry.get("eval_bytes") == dataset.eval_bytes
         return same_size and entry.get("state") == state
 
-    known = sum(name.startswith("train") for name in dataset.shards)    # from an earlier time
+    known = sum(name.startswith("train") for name in dataset.shards)    # from a previous run
     if known and num_shards in (None, known) and all(map(is_done, dataset.shards)):
         return False
 
@@ -863,22 +865,21 @@ def save_copy(model, path):
 # Warm-up
 
 def rehearse(run, step, rows, things):
-    """One try of Run.warmup: three steps, undone. False if memory runs out and rows are even."""
+    """One try of Run.warmup: two steps, undone. False if memory runs out and rows are even."""
     states = [copy.deepcopy(thing.state_dict()) for thing in things]
     generator = np.random.default_rng(0)
     rng_devices = [run.device] if run.device.type == "cuda" else []
     mps_rng_state = torch.mps.get_rng_state() if run.device.type == "mps" else None
-    seconds = []
     try:
         with torch.random.fork_rng(rng_devices):
-            for _ in range(3):                          # the first compiles, the others are timed
+            for _ in range(2):                          # the first compiles, the second is timed
                 tokens = generator.integers(run.bos, size=(2, rows, run.context))
                 synchronize(run.device)
                 start = time.monotonic()
                 x, y = torch.from_numpy(tokens).to(run.device).unbind()
                 step(x, y)
                 synchronize(run.device)
-                seconds.append(time.monotonic() - start)
+                seconds = time.monotonic() - start
     except Exception as error:
         if not out_of_memory(error) or rows % 2:
             raise
@@ -891,11 +892,11 @@ def rehearse(run, step, rows, things):
         if mps_rng_state is not None:
             torch.mps.set_rng_state(mps_rng_state)
     # The referee refuses an evaluation that would take too long, before any training.
-    run.ask("warm", min(seconds[1:]) / (rows * run.context))
+    run.ask("warm", seconds / (rows * run.context))
     return True
 
 # ------------------------------------------------------------------------------------------------
-# Log, summary, and the ends that are to be expected
+# Log, summary, and expected failures
 
 class TrainingLog:
     """Shows the progress of a run: on a terminal in one line, else in a line every ten seconds."""
@@ -1041,7 +1042,8 @@ class Run:
         random.seed(SEED)
         np.random.seed(SEED % 2**32)
         torch.manual_seed(SEED)
-        faulthandler.dump_traceback_later(HARD_LIMIT, exit=True)
+        age = time.time() - psutil.Process().create_time()
+        faulthandler.dump_traceback_later(max(1, HARD_LIMIT - age), exit=True)
         signal.signal(signal.SIGTERM, on_sigterm)
         print(f"dataset: {self.dataset.name}, vocabulary {self.vocab_size:,}, "
               f"context {self.context}, seed {SEED}")
@@ -1054,7 +1056,7 @@ class Run:
 
     def warmup(self, step, rows, *things):
         """
-        Call step(x, y) on made-up batches, shaped as batches(rows) gives them, to compile before
+        Call step(x, y) on random batches, shaped as batches(rows) gives them, to compile before
         the clock starts; outside the clock there is no training data. Afterwards the state of
         things (anything with a state_dict) and of the random numbers is what it was before.
 
@@ -1069,8 +1071,8 @@ class Run:
     def batches(self, rows):
         """
         Yield x and y, int64 tensors of shape (rows, context) on the device, until the time budget
-        is over; y is x one token on, and -1 (not scored) where a document starts. The clock starts
-        with the first batch. There is one such iterator in a run.
+        is over; y is x shifted by one, and -1 (not scored) where a document starts. The clock
+        starts with the first batch. There is one such iterator in a run.
         """
         if self.handed:
             sys.exit("FAIL: a second batch iterator; a run has one clock and one iterator")
@@ -1082,7 +1084,9 @@ class Run:
         while True:
             # The referee ends the iteration if less than half a step's time is left when the next
             # one could start: half a step early is as near to the budget as half a step late.
-            answer = self.ask("next", rows, 0.5 + len(queued))
+            # Before the first batch it checks all training shards, which may take a while.
+            timeout = ANSWER_TIME if self.handed else HARD_LIMIT
+            answer = self.ask("next", rows, 0.5 + len(queued), timeout=timeout)
             if answer[0] == "over":
                 return
             _, elapsed, path = answer
@@ -1111,9 +1115,10 @@ class Run:
         """
         Bits per byte of the validation text, every byte counted once; lower is better.
 
-        model: maps token ids, int64 (B, T), to logits (B, T, at least vocab_size). It sees no
-        targets: the referee takes the cross entropy, in float32. Documents are cut into pieces of
-        at most `context` tokens, each after a BOS. bpb = sum of nats / (ln 2 x bytes). The sealed
+        model: maps token ids, int64 (B, T), to logits (B, T, at least vocab_size). The targets are
+        the ids shifted by one, so all depends on the model not reading ahead: the referee probes
+        for that. It computes the cross entropy in float32. Documents are cut into pieces of at
+        most `context` tokens, each after a BOS. bpb = sum of nats / (ln 2 x bytes). The sealed
         test text is evaluated in the same batches, for the journal alone. Exits if a probe fails,
         or if the output isn't logits. rows: of a batch; they do not change the number.
         """
@@ -1126,8 +1131,9 @@ class Run:
             positions = machine.evaluation_positions(self.device, self.vocab_size)
         answer = self.ask("evaluate", positions)
         if answer[0] == "copy":         # a verified run: the referee shows the text to copies
+            needs_dynamo = "torch._dynamo" in sys.modules       # save_copy imports it
             save_copy(model, answer[1])
-            answer = self.ask("copied", "torch._dynamo" in sys.modules, timeout=HARD_LIMIT)
+            answer = self.ask("copied", needs_dynamo, timeout=HARD_LIMIT)
         if answer[0] == "exam":
             answer = show(model, self.device, self.vocab_size, self.channel, answer[1:])
             answer = self.accepted(answer)

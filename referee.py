@@ -79,6 +79,8 @@ def open_shard(folder, name, entry):
         raise ValueError(f"{name}: the number of documents differs from the manifest")
     if tokens.dtype != np.uint16 or not len(tokens) == offsets[-1] == entry["tokens"]:
         raise ValueError(f"{name}: the number of tokens differs from the manifest")
+    if offsets[0] != 0 or (np.diff(offsets) < 0).any():
+        raise ValueError(f"{name}: the offsets of its documents are not ascending from 0")
     return tokens, offsets
 
 
@@ -541,7 +543,7 @@ def shared_array(folder, dtype, shape):
 # The referee
 
 SPLITS = "val", "test"
-BROKEN_OFF = "FAIL: the evaluation was broken off"
+ABORTED = "FAIL: the evaluation was aborted"
 
 
 class Referee:
@@ -614,8 +616,8 @@ class Referee:
         while (message := channel.receive(1)) == ["late"]:
             # At the limit the process ends itself (faulthandler in prepare.py); 5 s later it hangs.
             if self.seconds() > self.limit + 5:
-                with suppress(psutil.NoSuchProcess):
-                    for process in self.processes():
+                for process in self.processes():
+                    with suppress(psutil.NoSuchProcess):
                         process.kill()
                 sys.exit(too_long)
             # A child of a process that has ended may still hold the pipe open.
@@ -627,7 +629,7 @@ class Referee:
             sys.exit(too_long)
         return message
 
-    def expect(self, channel, word, otherwise=BROKEN_OFF):
+    def expect(self, channel, word, otherwise=ABORTED):
         """
         The contents of the next message, which must be `word`.
 
@@ -642,7 +644,9 @@ class Referee:
 
     def processes(self):
         """train.py's process and those it started, but not this one."""
-        family = [self.process, *self.process.children(recursive=True)]
+        family = [self.process]
+        with suppress(psutil.NoSuchProcess):
+            family += self.process.children(recursive=True)
         return [process for process in family if process.pid != os.getpid()]
 
     def is_alive(self):
@@ -722,6 +726,7 @@ class Referee:
             "prepare_sha256": file_sha256(here / "prepare.py"),
             "referee_sha256": file_sha256(here / "referee.py"),
             "seal_sha256": file_sha256(here / "seal.py"),
+            "machine_sha256": file_sha256(here / "machine.py"),
             "prepare_changed": harness_changed(here),
             "dataset": dataset["name"],
             "vocab_size": self.vocab_size,
@@ -757,7 +762,7 @@ class Referee:
         needed = tokens * seconds_per_token
         left = EXTRA_TIME - self.seconds()
         if needed > left:
-            # A text that fills half of that time: the other half is room for slower hours.
+            # A text that fills half of that time, in case the machine gets slower.
             size = max(self.manifest["val"]["bytes"] * left / 2 / needed, 1000)
             sys.exit(f"FAIL: evaluating {tokens:,} tokens would take about {needed:.0f} s here, "
                      f"and {left:.0f} s are left for it; "
@@ -897,7 +902,7 @@ class Referee:
             count = answer[0] if answer else 0
             most = min(halves.shape[1], len(targets) - taken)
             if not 0 < count <= most:
-                sys.exit(BROKEN_OFF)
+                sys.exit(ABORTED)
             piece = halves[len(losses) % 2, :count]
             differs |= (piece[0] != piece[-1]).any()
             losses.append(cross_entropy(piece, targets[taken:taken + count], self.pool))
@@ -989,7 +994,7 @@ class Referee:
         """
         Write the line of a run that has its number.
 
-        numbers: what only train.py's process knows, by its own account.
+        numbers: what only train.py's process knows (self-reported).
         """
         if self.nats is None:
             sys.exit("FAIL: report without evaluate_bpb")
