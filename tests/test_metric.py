@@ -196,6 +196,21 @@ def test_learning_from_the_text_that_is_measured_is_seen(learns):
         exam.check()
 
 
+def test_the_gain_of_late_pieces_is_a_standard_normal_number_if_nothing_is_learned():
+    """Short pieces cost more and share batches, but neither half has more of them on average."""
+    rng = np.random.default_rng(0)
+    lengths = rng.choice([30, 255], 600)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens = np.zeros(offsets[-1], np.uint16)
+    gains = []
+    for _ in range(200):
+        exam = referee.Exam([(tokens, offsets)], 199, 256, 2048)
+        loss = np.where(exam.lengths < 100, 4, 3) + 0.3 * rng.standard_normal(exam.pieces)
+        exam.nll[:exam.pieces, 0] = loss * exam.lengths
+        gains.append(exam.late_gain())
+    assert abs(np.mean(gains)) < 0.3 and 0.8 < np.std(gains) < 1.2
+
+
 def test_invalid_utf8_tokens_count_their_own_bytes(tmp_path):
     tokens = [bytes([i]) for i in range(256)] + [b"\xc3\xa9"]
     (tmp_path / "tokenizer.b64").write_bytes(b"\n".join(map(base64.b64encode, tokens)) + b"\n")
