@@ -33,7 +33,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 # decide.py too: verify.py, which shows the text to the copies, imports it
-HARNESS = "prepare.py", "machine.py", "referee.py", "seal.py", "verify.py", "decide.py"
+HARNESS = *referee.HARNESS, "verify.py", "decide.py"
 # bytes of a train.py that a person still reads; more may be data
 LONGEST = 100_000
 KEPT_VARIABLES = (
