@@ -727,10 +727,11 @@ class Referee:
         # program.md belongs to the human, who may edit it at any time.
         paths = ".", ":!program.md"
         changes = git(here, "status", "--porcelain", "--untracked-files=no", *paths)
+        commit = git(here, "rev-parse", "--short", "HEAD").decode().strip()
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "commit": git(here, "rev-parse", "--short", "HEAD").decode().strip(),
-            "dirty": bool(changes),
+            "commit": commit,
+            "dirty": bool(changes) if commit else None,
             "train_sha256": hashlib.sha256(text).hexdigest() if text else None,
             "prepare_sha256": file_sha256(here / "prepare.py"),
             "referee_sha256": file_sha256(here / "referee.py"),
@@ -746,14 +747,25 @@ class Referee:
             "test_text_sha256": self.manifest["test"]["text_sha256"],
             "val_bytes": self.manifest["val"]["bytes"],
             "device": device,
+            "share": self.share(),
             "versions": {"python": platform.python_version(), "torch": torch_version},
             "seed": self.settings["seed"],
             "time_budget": self.budget,
             "sealed": self.is_sealed,
         }
+        if wave := os.environ.get("AUTORESEARCH_WAVE"):
+            line["wave"] = wave
         if self.verified:
             line |= {"verified": True, "isolated": bool(self.settings["sandbox"])}
         return line
+
+    def share(self):
+        """What the run has of its machine, which wave.py divides among several."""
+        cores = os.cpu_count()
+        if hasattr(self.process, "cpu_affinity"):
+            cores = len(self.process.cpu_affinity())
+        return {"node": platform.node(), "cores": cores, "of": os.cpu_count(),
+                "nice": self.process.nice()}
 
     # -- training
 
