@@ -2,10 +2,13 @@
 What to do with an idea: keep it, run the pair on seed 43, or discard it.
 
     uv run decide.py [COMMIT] [--results PATH]
+    uv run decide.py --wave COMMIT ...
 
 COMMIT is HEAD unless named. Its val_bpb on each seed comes from the newest run-COMMIT-SEED-*.log
 beside results.tsv, everything else from the rows of results.tsv. Prints one line that starts with
 the decision. If something is missing, the line says what to do first, and the exit code is 1.
+--wave: the rule for runs that wave.py made, several at a time: keep an idea, confirm it on three
+fresh seeds, or discard it; a line for each commit.
 """
 
 import argparse
@@ -23,6 +26,8 @@ BASELINE_SEEDS = [43, 44, 42, 42]
 FLOOR = 0.002           # no smaller gain is worth having, however quiet the machine
 PAIR = 0.7              # of the margin: what the mean of two gains has to exceed
 AGAIN = 10              # rows after which the last kept commit runs again
+FRESH_SEEDS = ["43", "44", "45"]    # on which a wave confirms an idea
+FRESH = 0.9             # of the margin: what the mean of the three gains has to exceed
 APART = 1800            # s between the ends of a pair's runs: speed wanders from hour to hour
 
 # Descriptions of rows that are not ideas.
@@ -64,6 +69,19 @@ def verdict(gain, margin, second=None):
     if second is None:
         return "run the pair"
     return "keep" if round((gain + second) / 2 - PAIR * margin, 9) > 0 else "discard"
+
+
+def wave_verdict(gain, margin, fresh=None):
+    """
+    keep, confirm, or discard. gain: in val_bpb on seed 42 over the mean of the last kept commit's
+    runs; fresh: on FRESH_SEEDS, over its runs in the same wave, once they have run. They decide
+    alone: of hundreds of ideas, the best on one seed are the luckiest.
+    """
+    if round(gain - margin / 3, 9) <= 0:
+        return "discard"
+    if fresh is None:
+        return "confirm"
+    return "keep" if round(statistics.fmean(fresh) - FRESH * margin, 9) > 0 else "discard"
 
 # ------------------------------------------------------------------------------------------------
 # results.tsv
@@ -203,6 +221,22 @@ def pair(folder, commit, kept, machine):
     return value, number(theirs[-1], 43, machine), ""
 
 
+def fresh_gains(folder, commit, kept, machine):
+    """The gains of a commit on FRESH_SEEDS in the newest wave with all six runs; None if none."""
+    def by_wave(name, seed):
+        found = {}
+        for log in logs(folder, name, seed):
+            found.setdefault(log["name"].split("-")[3], []).append(number(log, seed, machine))
+        return found
+
+    mine, theirs = ([by_wave(name, seed) for seed in FRESH_SEEDS] for name in (commit, kept))
+    waves = set.intersection(*map(set, mine + theirs))
+    if not waves:
+        return None
+    newest = max(waves)
+    return [statistics.fmean(b[newest]) - statistics.fmean(a[newest]) for a, b in zip(mine, theirs)]
+
+
 def busy(log, usual):
     """A warning if a run took over 10% fewer steps than those in `usual`; else an empty text."""
     counts = [int(each["num_steps"]) for each in usual if "num_steps" in each]
@@ -249,6 +283,38 @@ def decision(session, folder, commit):
     return result, words
 
 
+def wave_decision(session, folder, commit):
+    """(verdict, why and what next) for a commit of a wave. Exits if something is missing."""
+    kept = session.kept
+    git = ["git", "-C", folder, "merge-base", "--is-ancestor", kept.commit, commit]
+    if subprocess.run(git, capture_output=True).returncode:
+        sys.exit(f"{commit} is not on top of {kept.commit}, the last kept commit: "
+                 f"git cherry-pick {commit} onto it, and run that as a new idea")
+    runs = logs(folder, commit, 42)
+    if not runs:
+        sys.exit(f"there is no run-{commit}-42-*.log: run {commit} on seed 42 first")
+    earlier = [row.val_bpb for row in session.runs(kept.train, 42)]
+    if not earlier:
+        sys.exit(f"{kept.commit}, the last kept commit, has no row on seed 42: write it first")
+    gain = statistics.fmean(earlier) - number(runs[-1], 42, session.machine)
+    fresh = fresh_gains(folder, commit, kept.commit, session.machine)
+    result = wave_verdict(gain, session.margin, fresh)
+    words = f"gain {gain:+.6f} over {kept.commit} on seed 42"
+    if fresh:
+        words += (f", mean {statistics.fmean(fresh):+.6f} on seeds {', '.join(FRESH_SEEDS)} "
+                  f"(needed: {FRESH * session.margin:.6f})")
+    words += f"; {session}"
+    if result == "confirm":
+        both = " ".join(f"{name}:{seed}" for name in (commit, kept.commit) for seed in FRESH_SEEDS)
+        words += f"; put into the next wave: {both}"
+    if result == "discard" and gain >= -session.noise:
+        words += "; or keep if the code got simpler"
+    usual = logs(folder, kept.commit)
+    for log in logs(folder, commit):
+        words += busy(log, usual)
+    return result, words
+
+
 def short_hash(name, folder):
     """The short hash of a commit. Exits if there is none."""
     git = ["git", "-C", folder, "rev-parse", "--short", "--verify", "--quiet", f"{name}^{{commit}}"]
@@ -258,15 +324,41 @@ def short_hash(name, folder):
     return found.stdout.strip()
 
 
+def decide(rows, session, commit, path, wave):
+    """One line for a commit. Exits if something is missing."""
+    folder = path.parent
+    repeats = [row.n for row in rows if row.kind == "repeat" and row.seed == 42]
+    rows_since = len(rows) - 1 - max(repeats + [session.first.n])
+    if commit[:7] == session.kept.train:
+        again = rows_since >= AGAIN and not wave
+        task = "run it on seed 42 again" if again else "commit an idea"
+        sys.exit(f"nothing to decide, {commit} is the last kept commit: {task}; {session}")
+    told = [row for row in rows if row.n > session.first.n and row.train == commit[:7]]
+    if told:
+        return f"{told[-1].status}: decided already, {path} has a row of {commit}"
+    if wave:
+        result, words = wave_decision(session, folder, commit)
+        return f"{commit} {result}: {words}"
+    result, words = decision(session, folder, commit)
+    # The row of this idea comes next.
+    if result != "run the pair" and rows_since + 1 >= AGAIN:
+        words += "; then it is time to run the last kept commit on seed 42 again"
+    return f"{result}: {words}"
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Keep an idea, run the pair, or discard it?")
-    parser.add_argument("commit", metavar="COMMIT", nargs="?", default="HEAD", help="default: HEAD")
+    parser = argparse.ArgumentParser(description="Keep an idea, run it again, or discard it?")
+    parser.add_argument("commits", metavar="COMMIT", nargs="*", default=["HEAD"],
+                        help="default: HEAD")
     parser.add_argument("--results", metavar="PATH", type=Path, default=Path("results.tsv"))
+    parser.add_argument("--wave", action="store_true", help="runs of wave.py, several at a time")
     arguments = parser.parse_args()
+    if len(arguments.commits) > 1 and not arguments.wave:
+        parser.error("several commits are for --wave")
     path = arguments.results
     if not path.exists():
         sys.exit(f"there is no {path}: make it as program.md says (Setup)")
-    commit = short_hash(arguments.commit, path.parent)
+    commits = [short_hash(name, path.parent) for name in arguments.commits]
     rows = read_results(path, sys.exit)
     found = sessions(rows)
     if not found:
@@ -275,20 +367,8 @@ def main():
     if missing := session.missing():
         sys.exit(f"{len(missing)} of 4 baselines missing: run {session.first.commit} on seed "
                  f"{missing[0]} first, or write its row if it has run")
-    again = [row.n for row in rows if row.kind == "repeat" and row.seed == 42]
-    rows_since = len(rows) - 1 - max(again + [session.first.n])
-    if commit[:7] == session.kept.train:
-        task = "run it on seed 42 again" if rows_since >= AGAIN else "commit an idea"
-        sys.exit(f"nothing to decide, {commit} is the last kept commit: {task}; {session}")
-    told = [row for row in rows if row.n > session.first.n and row.train == commit[:7]]
-    if told:
-        print(f"{told[-1].status}: decided already, {path} has a row of {commit}")
-        return
-    result, words = decision(session, path.parent, commit)
-    # The row of this idea comes next.
-    if result != "run the pair" and rows_since + 1 >= AGAIN:
-        words += "; then it is time to run the last kept commit on seed 42 again"
-    print(f"{result}: {words}")
+    for commit in commits:
+        print(decide(rows, session, commit, path, arguments.wave))
 
 
 if __name__ == "__main__":

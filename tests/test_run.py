@@ -108,7 +108,8 @@ def test_a_table_learns_nothing_but_ends_in_time(tmp_path):
     assert 0.9 < line["training_seconds"] < 1.1
     keys = """
         time commit dirty train_sha256 prepare_sha256 prepare_changed dataset vocab_size device
-        share versions seed time_budget val_bpb test_bpb total_seconds num_steps total_tokens peak_vram_mb
+        share versions seed time_budget val_bpb test_bpb total_seconds num_steps total_tokens
+        peak_vram_mb
     """
     assert set(keys.split()) <= set(line)
     assert line["train_sha256"] == referee.file_sha256(tmp_path / "tiny.py")
