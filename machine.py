@@ -19,6 +19,9 @@ import torch.nn.functional as F
 # Logits computed at once, 4 bytes each. On a CPU they fit the cache.
 CHUNK_LOGITS = {"cpu": 2**22, "mps": 2**24, "cuda": 2**27}
 
+# What a run was made with, for its journal line: a night whose kernels differ is no fair one.
+chosen = {"attention": "train.py's own", "compiled": True}
+
 # ------------------------------------------------------------------------------------------------
 # Device
 
@@ -54,6 +57,22 @@ def synchronize(device):
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
 
+def read_later(x):
+    """
+    A function that returns the number in x, a tensor (). On CUDA it waits for x but for nothing
+    that was queued after it, as float(x) would.
+    """
+    if x.device.type != "cuda":
+        return lambda: float(x)
+    copy = x.to("cpu", non_blocking=True)       # into pinned memory
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read():
+        copied.synchronize()
+        return float(copy)
+    return read
+
 # ------------------------------------------------------------------------------------------------
 # Memory
 
@@ -78,8 +97,9 @@ def out_of_memory(error):
 def release_memory(device):
     """Drop what a failed trial left behind, compiled code for its shapes included."""
     torch._dynamo.reset()           # its limit of recompilations should not count them
+    if device.type != "cpu":
+        getattr(torch, device.type).empty_cache()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
@@ -182,13 +202,17 @@ def blockwise(q, k, v, window):
     for start in range(0, T, size):
         end = min(start + size, T)
         first = max(0, start + 1 - window)
-        queries = torch.arange(start, end)[:, None]
-        keys = torch.arange(first, end)
+        queries = torch.arange(start, end, device=q.device)[:, None]
+        keys = torch.arange(first, end, device=q.device)
         hidden = (keys > queries) | (keys <= queries - window)
         scores = (q[:, :, start:end] @ k[:, :, first:end].mT).float() * q.size(-1) ** -0.5
         weights = scores.masked_fill(hidden, -math.inf).softmax(-1).to(v.dtype)
         outputs.append(weights @ v[:, :, first:end])
     return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+FLASH3, FLASH3_VERSION = "kernels-community/flash-attn3", 1
+flash3_commit = ""      # set by prepare.py, from what it has fetched
 
 
 def flash_window(T, window):
@@ -206,10 +230,32 @@ def varlen(q, k, v, window):
     return varlen_attn(q, k, v, ends, ends, T, T, window_size=window_size).unflatten(0, (B, T))
 
 
-def flash3():
-    """FlashAttention-3 for Hopper, from the hub: this version, and only from trusted publishers."""
+def is_hopper(device):
+    """Whether it is an H100, H200 or GH200. On ROCm the numbers mean other cards."""
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def fetch_flash3():
+    """
+    Download FlashAttention-3 for Hopper from the hub, where only trusted publishers count. Returns
+    its commit: flash3() loads that one, so that a night has one kernel, and needs no network.
+    """
     import kernels
-    flash_attn_func = kernels.get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
+    from huggingface_hub import HfApi
+    kernels.get_kernel(FLASH3, version=FLASH3_VERSION)
+    refs = HfApi().list_repo_refs(FLASH3, repo_type="kernel")
+    return next(r.target_commit for r in refs.branches if r.name == f"v{FLASH3_VERSION}")
+
+
+def flash3():
+    """FlashAttention-3 at the commit that prepare.py has fetched; a RuntimeError if it has none."""
+    if not flash3_commit:
+        raise RuntimeError("not downloaded: uv run prepare.py")
+    os.environ["HF_HUB_OFFLINE"] = "1"          # kernels would ask the hub at every start
+    import kernels
+    flash_attn_func = kernels.get_kernel(FLASH3, revision=flash3_commit).flash_attn_func
 
     def attend(q, k, v, window):
         window_size = flash_window(q.size(1), window)
@@ -217,10 +263,30 @@ def flash3():
     return attend
 
 
+def try_attention(attend, device):
+    """
+    Compare with plain attention, gradients included, for a window and for all of the context. Some
+    kernels fail at the first call; some ignore a window or return NaN. Raises whatever comes of it.
+    """
+    T = 256
+    inputs = [torch.randn(2, T, 2, 128, device=device, dtype=torch.bfloat16, requires_grad=True)
+              for _ in range(3)]
+    weight = torch.randn(2, T, 2, 128, device=device, dtype=torch.bfloat16)
+    for window in 64, T:
+        found, expected = (
+            [output, *torch.autograd.grad(output, inputs, weight)]
+            for output in (attend(*inputs, window), blockwise(*inputs, window)))
+        for a, b in zip(found, expected):
+            error = ((a - b).float().norm() / b.float().norm()).item()
+            if not error < 0.05:        # of bfloat16: less than 0.01
+                raise ValueError(f"with a window of {window} it is {error:.0%} off")
+
+
 def choose_attention(device):
     """The fastest attention that works on this device, and whether a window makes it cheaper."""
     if device.type == "cpu":
         print("attention: blockwise, sliding windows")
+        chosen["attention"] = "blockwise"
         return blockwise, True
     capability = (0, 0)
     reason = f"on {device.type}"
@@ -228,21 +294,22 @@ def choose_attention(device):
         capability = torch.cuda.get_device_capability(device)
         reason = f"CUDA capability {capability[0]}.{capability[1]}"
     candidates = []
-    if capability == (9, 0):
+    if is_hopper(device):
         candidates.append(("FlashAttention-3", flash3))
     if capability >= (8, 0):
         candidates.append(("varlen_attn", lambda: varlen))
     for name, load in candidates:
         try:
             attend = load()
-            q = torch.randn(1, 128, 1, 128, device=device, dtype=torch.bfloat16, requires_grad=True)
-            attend(q, q, q, 64).sum().backward()        # some load, then fail at the first call
+            try_attention(attend, device)
             print(f"attention: {name}, sliding windows")
+            chosen["attention"] = name
             return attend, True
         except Exception as error:      # no network, no build for this card, a kernel that fails
             words = str(error).splitlines() or ["no reason given"]
             print(f"attention: no {name} here ({type(error).__name__}: {words[0][:100]})")
     print(f"attention: scaled_dot_product_attention ({reason}), every layer over the whole context")
+    chosen["attention"] = "scaled_dot_product_attention"
     return sdpa, False
 
 # ------------------------------------------------------------------------------------------------
@@ -252,9 +319,12 @@ def start_compiler(function):
     """function through torch.compile; on MPS, where it is not ready, the function itself."""
     if default_device().type == "mps":
         print(f"compile: {function.__qualname__} runs eager (not on MPS)")
+        chosen["compiled"] = False
         return function
     from torch._inductor import config
-    config.deterministic = True         # choose no kernel by timing it: two runs use the same ones
+    # Choose no kernel by timing it, so that two runs use the same ones. On CUDA it costs time, and
+    # attention adds gradients in any order there.
+    config.deterministic = default_device().type == "cpu"
     config.cpp.vec_isa_ok = True        # trust the CPU's flags: trying them takes 12 s
     config.aot_inductor.enable_line_tables = False      # no line numbers for a debugger: 1 s less
     return torch.compile(function, dynamic=False)
@@ -284,9 +354,14 @@ def compiled(function):
             if not shutil.which("c++"):
                 reason = "no C++ compiler"
             print(f"compile: {function.__qualname__} runs eager ({reason})")
+            chosen["compiled"] = False
             call = function
             return function(*arguments)
     return wrapper
+
+def compiled_on(kind):
+    """Decorator: compiled(), but on devices of this kind alone."""
+    return compiled if default_device().type == kind else lambda function: function
 
 # ------------------------------------------------------------------------------------------------
 # Loss in chunks

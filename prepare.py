@@ -238,6 +238,8 @@ def progress_bar(**options):
         options |= dict(file=Lines(), mininterval=10, delay=10, ascii=True, ncols=80)
     return tqdm(leave=False, **options)
 
+machine.flash3_commit = read_json(CACHE / "flash3.json", "")
+
 # ------------------------------------------------------------------------------------------------
 # Download: resumed, retried, checked, and given its name only when it is complete
 
@@ -697,6 +699,20 @@ def prepare(dataset, vocab_size, num_shards, workers, command):
     return True
 
 
+def fetch_kernel():
+    """On a Hopper GPU, download FlashAttention-3 unless that is done, and note its commit."""
+    device = default_device()
+    if machine.flash3_commit or device.type != "cuda" or not machine.is_hopper(device):
+        return
+    try:
+        write_json(CACHE / "flash3.json", machine.fetch_flash3())
+        print("FlashAttention-3: downloaded")
+    except Exception as error:      # whatever the hub's libraries raise; training works without it
+        words = " ".join(str(error).split())
+        print(f"FlashAttention-3 could not be downloaded ({words[:200]}): training takes another "
+              "attention, which is slower; to try again, run: uv run prepare.py")
+
+
 def parse_arguments():
     """The command line. Exits if a number is out of range."""
     parser = argparse.ArgumentParser(
@@ -733,6 +749,7 @@ def main():
                          f"and {2**16} (uint16)")
             print(f"dataset: {dataset.name} ({why})")
             did = prepare(dataset, vocab_size, arguments.num_shards, arguments.workers, command)
+            fetch_kernel()
     except Timeout:
         sys.exit(f"another prepare.py is running in {CACHE}; wait until it has finished")
     except OSError as error:
@@ -904,14 +921,14 @@ class TrainingLog:
     def __init__(self, run):
         self.run = run
         self.start = time.monotonic()
-        self.pending = None             # the newest loss, not yet read
+        self.pending = None             # returns the newest loss, which is not yet read
         self.smooth = 0.0               # the loss averaged over steps
         self.shown = -math.inf          # when a line was last shown
 
     def show(self, step, loss):
         """Run.log. The loss is read at the next call, when it is long computed: nothing waits."""
-        previous, self.pending = self.pending, loss.detach()
-        value = float(self.pending if previous is None else previous)
+        previous, self.pending = self.pending, machine.read_later(loss.detach())
+        value = (previous or self.pending)()
         # Guessing costs log(vocab_size) nats; three times that, or NaN, does not come back.
         if not value < 3 * math.log(self.run.vocab_size):
             sys.exit(f"FAIL: the training loss is {value:.2f} at step {step}: "
@@ -947,6 +964,7 @@ def print_summary(run, numbers, line):
         "seed": seed,
         "startup_seconds": line["startup_seconds"],
         "evaluation_seconds": line["evaluation_seconds"],
+        "attention": numbers["attention"] + ("" if numbers["compiled"] else ", not compiled"),
         "sealed": "yes" if line["sealed"] else "no",
     }
     if TIME_BUDGET != COMPARABLE_BUDGET:
@@ -1150,7 +1168,7 @@ class Run:
         mfu = flops_per_token * self.tokens / self.training_seconds / peak
         numbers = {"num_steps": num_steps, "num_params": num_params, "depth": depth,
                    "mfu_percent": round(100 * mfu, 2), "peak_vram_mb": round(memory / 2**20, 1),
-                   "reseeded": reseeded(self.device)}
+                   "reseeded": reseeded(self.device), **machine.chosen}
         _, line = self.ask("report", numbers)
         self.reported = True
         print_summary(self, numbers, line)

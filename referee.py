@@ -1020,7 +1020,8 @@ class Referee:
         if self.nats is None:
             sys.exit("FAIL: report without evaluate_bpb")
         self.line["total_tokens"] = self.tokens
-        for key in ("num_steps", "peak_vram_mb", "mfu_percent", "num_params", "depth", "reseeded"):
+        for key in ("num_steps", "peak_vram_mb", "mfu_percent", "num_params", "depth", "reseeded",
+                    "attention", "compiled"):
             self.line[key] = numbers.get(key)
         self.end(None)
         told = "startup_seconds", "evaluation_seconds", "total_seconds", "sealed"

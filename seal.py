@@ -152,7 +152,9 @@ def seal(program, cache, scratch, more=()):
 
     grant(Path("/"), READ)
     # Of the cache only what names no text: the tokenizers, and how the data was made.
-    rules.append(((cache / "dataset.json").resolve(), READ))
+    for name in "dataset.json", "flash3.json":
+        if (cache / name).exists():
+            rules.append(((cache / name).resolve(), READ))
     for path in cache.glob("*/vocab-*/*"):
         if path.name in ("tokenizer.b64", "manifest.json"):
             rules.append((path.resolve(), READ))

@@ -62,6 +62,7 @@ def hub(tmp_path, monkeypatch):
                 "name": "flash-attn3", "id": f"stub_{variant}", "version": 1, "license": "MIT",
                 "python-depends": [], "backend": {"type": backend}}))
         monkeypatch.setenv("LOCAL_KERNELS", f"kernels-community/flash-attn3={tmp_path}")
+        monkeypatch.setattr(machine, "flash3_commit", "0123456789abcdef0123456789abcdef01234567")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("LOCAL_KERNELS", raising=False)
     return hub
@@ -108,9 +109,34 @@ NO_KERNEL = "no varlen_attn here (RuntimeError: no kernel image"
 ILLEGAL = "raise RuntimeError('illegal instruction')"
 
 
+def without_window(*arguments, window_size):
+    return reference_varlen(*arguments, window_size=(-1, 0))
+
+
+def nan_without_window(*arguments, window_size):
+    result = reference_varlen(*arguments, window_size=window_size)
+    return result * (float("nan") if window_size[0] < 0 else 1)
+
+
+def wrong_gradient(q, k, v, *arguments, **more):
+    return reference_varlen(q, k, v.detach() + 0 * v, *arguments, **more)
+
+
+@pytest.mark.parametrize("varlen,window", [
+    (without_window, 64), (nan_without_window, 256), (wrong_gradient, 64)])
+def test_a_kernel_that_computes_something_else_is_not_used(varlen, window, card, monkeypatch,
+                                                           capsys):
+    card((8, 0))
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
+    attend, _ = choose(monkeypatch)
+    assert attend is machine.sdpa
+    assert f"no varlen_attn here (ValueError: with a window of {window} it is" in (
+        capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("capability,local,varlen,chosen,says", [
     ((9, 0), "pass", reference_varlen, FLASH3, ""),
-    ((9, 0), None, reference_varlen, VARLEN, "no FlashAttention-3 here (ValueError: "), # offline
+    ((9, 0), None, reference_varlen, VARLEN, "not downloaded: uv run prepare.py"),
     ((9, 0), ILLEGAL, reference_varlen, VARLEN, "no FlashAttention-3 here (RuntimeError: illegal"),
     ((9, 0), "raise RuntimeError()", reference_varlen, VARLEN, "(RuntimeError: no reason given)"),
     ((9, 0), None, broken, SDPA, NO_KERNEL),
@@ -300,6 +326,63 @@ def test_eager_on_mps_is_said(monkeypatch, capsys):
     monkeypatch.setattr(machine, "default_device", lambda: torch.device("mps"))
     assert machine.start_compiler(len) is len
     assert "eager (not on MPS)" in capsys.readouterr().out
+
+
+def test_compiled_on_leaves_other_devices_alone():
+    double = lambda x: 2 * x        # noqa: E731
+    assert machine.compiled_on("cuda")(double) is double
+    assert machine.compiled_on("cpu")(double).__wrapped__ is double
+
+
+def test_the_log_reads_a_loss_that_is_done_and_waits_for_nothing_later(monkeypatch):
+    """A copy that arrives when its event is waited for, as on CUDA it may."""
+    class Loss:
+        device, value = CUDA, 2.5
+
+        def to(self, device, non_blocking):
+            assert device == "cpu" and non_blocking
+            self.copy = torch.zeros(())
+            return self.copy
+
+    class LossEvent(Event):
+        def synchronize(self):
+            loss.copy.fill_(loss.value)
+
+    events, loss = [None], Loss()
+    monkeypatch.setattr(torch.cuda, "Event", lambda: events.append(LossEvent()) or events[-1])
+    read = machine.read_later(loss)
+    assert loss.copy.item() == 0            # nothing has been waited for
+    assert read() == 2.5
+    assert machine.read_later(torch.tensor(1.5))() == 1.5
+
+
+def test_the_kernel_of_the_hub_is_fetched_once_and_by_its_commit(card, monkeypatch, tmp_path,
+                                                                 capsys):
+    card()
+    asked = []
+    monkeypatch.setattr(prepare, "CACHE", tmp_path)
+    monkeypatch.setattr(prepare, "default_device", lambda: CUDA)
+    monkeypatch.setattr(machine, "flash3_commit", "")
+
+    def fetch(error=None):
+        asked.append(error)
+        if error:
+            raise error
+        return "c0ffee"
+
+    monkeypatch.setattr(machine, "fetch_flash3", lambda: fetch(OSError("no network")))
+    prepare.fetch_kernel()
+    assert "(no network): training takes another" in capsys.readouterr().out
+    assert not (tmp_path / "flash3.json").exists()
+    monkeypatch.setattr(machine, "fetch_flash3", fetch)
+    prepare.fetch_kernel()
+    assert json.loads((tmp_path / "flash3.json").read_text()) == "c0ffee"
+    monkeypatch.setattr(machine, "flash3_commit", "c0ffee")
+    prepare.fetch_kernel()
+    card((8, 0), "A100")
+    monkeypatch.setattr(machine, "flash3_commit", "")
+    prepare.fetch_kernel()
+    assert len(asked) == 2
 
 
 DRIVER = "#!/bin/sh\necho 470.82.01\n"
