@@ -27,7 +27,7 @@ FLOOR = 0.002           # no smaller gain is worth having, however quiet the mac
 PAIR = 0.7              # of the margin: what the mean of two gains has to exceed
 AGAIN = 10              # rows after which the last kept commit runs again
 FRESH_SEEDS = ["43", "44", "45"]    # on which a wave confirms an idea
-FRESH = 0.9             # of the margin: what the mean of the three gains has to exceed
+FRESH = 1.2             # of the margin: what the mean of the three gains has to exceed
 APART = 1800            # s between the ends of a pair's runs: speed wanders from hour to hour
 
 # Descriptions of rows that are not ideas.

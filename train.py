@@ -302,7 +302,7 @@ class GPT(nn.Module):
         loss = summed_loss(x.flatten(0, 1), self.unembed.weight, targets, self.h.softcap)
         return loss / (targets >= 0).sum()
 
-    @machine.compiled_on("cuda")        # all blocks as one graph: 5% less to do for the kernels
+    @machine.compiled_on("cuda")        # one graph: all blocks, and the look-ups
     def hidden(self, ids, bigram):
         """The residual stream after the last block, normed. bigram: (B, T, width) or None."""
         h = self.h

@@ -22,6 +22,7 @@ import logging
 import os
 import platform
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -316,7 +317,7 @@ def main():
     venv = Path(os.environ.get("UV_PROJECT_ENVIRONMENT") or HERE / ".venv").absolute()
     python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     journal = cache_folder(settings) / "journal.jsonl"
-    wave = time.strftime("%d%H%M%S")
+    wave = time.strftime("%m%d%H%M%S") + secrets.token_hex(1)   # two may start at once
     # Ray prints its own view of every fault to stdout, in dozens of lines.
     say = partial(tqdm.write, file=sys.stdout)
     sys.stdout = None

@@ -18,13 +18,11 @@ import json
 import math
 import random
 import statistics
-import sys
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
-import simulate
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import simulate         # which has the folder above on the path
 
 import decide
 
@@ -102,7 +100,7 @@ class Night:
 
 
 def nights_with_false_keeps(nights, of_slot, of_wave):
-    """(percent of nights with one or more, false keeps a night)."""
+    """The percentage of nights of IDEAS ideas in which at least one is kept."""
     draw = partial(random.Random(1).gauss, 0, 1)
     counts = []
     for _ in range(nights):
@@ -110,4 +108,77 @@ def nights_with_false_keeps(nights, of_slot, of_wave):
         while night.ideas < IDEAS or night.promising:
             night.next(IDEAS - night.ideas)
         counts.append(night.false_keeps)
-    return 100 * statistics.fmean(count > 0 for count in counts), statistics.fmean(counts)
+    return 100 * statistics.fmean(count > 0 for count in counts)
+
+
+def recorded(folder):
+    """Median seconds of a run, and between the end of one and the start of the next."""
+    lines = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    starts = [datetime.strptime(line["time"], "%Y-%m-%dT%H:%M:%S%z").timestamp() for line in lines]
+    seconds = [line["total_seconds"] for line in lines]
+    gaps = [after - before - run for before, after, run in zip(starts, starts[1:], seconds)]
+    return statistics.median(seconds), statistics.median(gaps)
+
+
+def replay(slots, run_seconds, gap, agents, nights):
+    """
+    (ideas an hour, runs an hour, empty slots in percent, false keeps a night) of nights in which
+    each of `agents` writes an idea in IDEA_SECONDS.
+    """
+    draw = partial(random.Random(1).gauss, 0, 1)
+    ideas, runs, waves, kept = 0, 0, 0, 0
+    cycle = run_seconds + gap
+    for _ in range(nights):
+        if slots == 1:
+            night = simulate.Night(0, 0, draw)
+            simulate.IDEAS = 10_000
+            for result in night.decisions():
+                if (sum(map(len, night.values.values())) + 1) * cycle > HOURS * 3600:
+                    break
+                ideas += 1
+                kept += result
+            runs += sum(map(len, night.values.values()))
+            waves += HOURS * 3600 / cycle
+            continue
+        night, clock, written = Night(slots, 0, 0, draw), cycle, 0.0
+        waves += 1
+        while clock + cycle <= HOURS * 3600:
+            # An agent thinks while a wave runs; it does not wait for more ideas than it has.
+            written += agents * cycle / IDEA_SECONDS
+            before = night.ideas
+            night.next(int(written))
+            written -= night.ideas - before
+            clock += cycle
+            waves += 1
+        ideas += night.ideas
+        runs += night.runs
+        kept += night.false_keeps
+    hours = nights * HOURS
+    return ideas / hours, runs / hours, 100 * (1 - runs / (waves * slots)), kept / nights
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The rule for waves, simulated.")
+    parser.add_argument("--nights", metavar="N", type=int, default=1000, help="default 1,000")
+    parser.add_argument("--replay", metavar="FOLDER", type=Path, help="default nights/nov24",
+                        default=Path(__file__).resolve().parent.parent / "nights" / "nov24")
+    arguments = parser.parse_args()
+    print("| noise | nights of 500 ideas with a false keep |\n| --- | --- |")
+    for name, parts in NOISE.items():
+        print(f"| {name} | {nights_with_false_keeps(arguments.nights, *parts):.1f}% |", flush=True)
+    run_seconds, gap = recorded(arguments.replay)
+    print(f"\n{HOURS} hours of runs of {run_seconds:.0f} s with {gap:.0f} s between them, "
+          f"{IDEA_SECONDS} s of an agent for an idea; the noise that of commit and seed alone\n"
+          "\n| slots | agents | ideas an hour | runs an hour | empty | false keeps a night |\n"
+          "| --- | --- | --- | --- | --- | --- |")
+    for slots in (1, 8, 64, 512):
+        needed = math.ceil(slots * IDEA_SECONDS / (run_seconds + gap))
+        for agents in sorted({1, needed}):
+            nights = max(30, arguments.nights // slots)
+            ideas, runs, empty, kept = replay(slots, run_seconds, gap, agents, nights)
+            print(f"| {slots} | {agents} | {ideas:,.0f} | {runs:,.0f} | {empty:.0f}% | "
+                  f"{kept:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
