@@ -379,3 +379,81 @@ def test_the_simulation_prints_its_table():
     assert [line[0] for line in lines[2:]] == ["0", "0.5, 0.5", "0.8, 0.5", "0.8, 0.8", "0.8, 0.95"]
     for _, first, ten, sixty in lines[2:]:
         assert float(first) < 10 and 0.5 < float(ten) < 6 and 0.3 < float(sixty) < 3
+
+# -- waves
+
+@pytest.fixture
+def wave(folder, write, log, answer, monkeypatch):
+    """A log of a wave; the margin of the baseline is 10 thousandths, its mean on seed 42 1.299."""
+    class Git:
+        returncode = 0
+
+    monkeypatch.setattr(decide.subprocess, "run", lambda *_, **__: Git)
+    write(*BASELINE)
+
+    def wave(commit, seed, val_bpb, stamp="w1", number=1):
+        log(commit, seed, val_bpb)
+        path = folder / f"run-{commit}-{seed}-240001.log"
+        path.rename(folder / f"run-{commit}-{seed}-{stamp}-{number}.log")
+    wave.git = Git
+    return wave
+
+
+def test_the_rule_for_waves():
+    def rule(gain, *fresh):
+        return decide.wave_verdict(gain, 0.009, list(fresh) or None)
+
+    assert rule(0.003) == "discard" and rule(0.0031) == "confirm" and rule(1.0) == "confirm"
+    needed = decide.FRESH * 0.009
+    assert rule(0.004, needed, needed, needed) == "discard"
+    assert rule(0.004, needed + 0.003, needed, needed - 0.0029) == "keep"
+    assert rule(1.0, 0, 0, 0) == "discard"          # one lucky run keeps nothing
+
+
+def test_an_idea_of_a_wave_is_confirmed_beside_the_kept_commit(wave, answer):
+    wave(IDEA, 42, 1.289)
+    words, code = answer("--wave", IDEA)
+    assert code == 0 and words.startswith(f"{IDEA} confirm: gain +0.010000 over {KEPT} on seed 42")
+    runs = " ".join(f"{commit}:{seed}" for commit in (IDEA, KEPT) for seed in (43, 44, 45))
+    assert words.endswith(f"put into the next wave: {runs}")
+    for seed in (43, 44, 45):
+        wave(IDEA, seed, 1.28, "w2")
+        wave(KEPT, seed, 1.30, "w1")                # in another wave: counts for nothing
+    assert " confirm: " in answer("--wave", IDEA)[0]
+    wave(KEPT, 43, 1.300, "w2", 4)
+    wave(KEPT, 44, 1.291, "w2", 5)
+    wave(KEPT, 45, 1.294, "w2", 6)
+    wave(KEPT, 45, 1.290, "w2", 7)                  # gains of 20, 11 and (14 + 10) / 2 thousandths
+    words, _ = answer("--wave", IDEA)
+    assert words.startswith(f"{IDEA} keep: ") and "mean +0.014333 on seeds 43, 44, 45" in words
+    assert f"(needed: {decide.FRESH * 0.01:.6f})" in words
+    for commit, val_bpb in (IDEA, 1.28), (KEPT, 1.281):
+        for seed in (43, 44, 45):
+            wave(commit, seed, val_bpb, "w3")       # the newest wave counts
+    assert f"{IDEA} discard: " in answer("--wave", IDEA)[0]
+
+
+def test_commits_of_a_wave_get_a_line_each(wave, monkeypatch, capsys):
+    wave(IDEA, 42, 1.2985)
+    wave("ccccccc", 42, 1.28)
+    monkeypatch.setattr(sys, "argv", ["decide.py", "--wave", IDEA, "ccccccc"])
+    decide.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"{IDEA} discard", "ccccccc confirm"]
+    monkeypatch.setattr(sys, "argv", ["decide.py", IDEA, "ccccccc"])
+    with pytest.raises(SystemExit, match="2"):
+        decide.main()
+    assert "several commits are for --wave" in capsys.readouterr().err
+
+
+def test_what_a_wave_lacks_is_said(wave, answer, folder):
+    words, code = answer("--wave", IDEA)
+    assert code == 1 and words == f"there is no run-{IDEA}-42-*.log: run {IDEA} on seed 42 first"
+    wave(IDEA, 42, 1.289)
+    wave.git.returncode = 1
+    words, code = answer("--wave", IDEA)
+    assert code == 1 and words.startswith(f"{IDEA} is not on top of {KEPT}, the last kept commit: ")
+    wave.git.returncode = 0
+    (folder / f"run-{IDEA}-42-w1-1.log").write_text("FAIL: the model reads ahead\n")
+    words, code = answer("--wave", IDEA)
+    assert code == 1 and "FAIL: the model reads ahead" in words

@@ -306,3 +306,45 @@ def test_the_file_runs_in_a_real_kernel(tmp_path):
     NotebookClient(notebook, timeout=120, resources=resources).execute()
     assert (tmp_path / "progress.png").exists()
     assert "held up" in notebook.cells[-1].outputs[0].text
+
+
+def in_wave(name, start, commit, val, **more):
+    return run_line(commit, val, val, time=f"2026-11-24T{start}+0000", wave=name,
+                    **{"total_seconds": 300} | more)
+
+
+def test_waves_are_counted_once_with_the_time_that_slots_stood_empty(execute):
+    """
+    By hand: two slots for 900 s, from 1:00 to 1:15. Four runs of 300 s fill 1,200 of 1,800 s. They
+    are 16 an hour.
+    """
+    rows = ["aaaaaa1\t1.300000\t1.0\tkeep\tbaseline",
+            "aaaaaa1\t1.301000\t1.0\tkeep\tagain, seed 42"]
+    journal = [
+        in_wave("w1/1/2", "01:00:00", "aaaaaa1", 1.3),
+        in_wave("w1/2/2", "01:00:00", "aaaaaa1", None, failure="killed", total_seconds=100),
+        in_wave("w1/2/2", "01:00:00", "aaaaaa1", 1.301),
+        in_wave("w1/1/2", "01:00:00", "aaaaaa1", 1.3),          # came home twice
+        in_wave("w2/1/2", "01:10:00", "bbbbbb2", 1.299),
+        in_wave("w2/2/2", "01:10:00", "cccccc3", None, failure="FAIL: causality"),
+        in_wave("w2/2/2", "01:10:00", "cccccc3", None, failure="FAIL: causality")]
+    text = execute(rows, journal)
+    assert "4 runs in the journal" in text and "1 runs without a number" in text
+    assert ("2 waves, 4 runs in 2 slots, 16.0 runs an hour; "
+            "the slots stood empty for 33% of the time") in text
+    assert "which were reported" not in text and "Every row agrees" in text
+
+
+@pytest.mark.parametrize("more,words", [
+    (dict(share={"cores": 1, "nice": 0}), "had 1 cores, the first run 2"),
+    (dict(share={"cores": 2, "nice": 5}), "ran at low priority"),
+    (dict(attention="varlen_attn"), "attention was varlen_attn, the first run's FlashAttention-3"),
+    (dict(compiled=False), "was not compiled")])
+def test_a_run_with_less_of_the_machine_is_doubted(execute, more, words):
+    usual = {"share": {"cores": 2, "nice": 0}, "attention": "FlashAttention-3", "compiled": True}
+    rows = ["aaaaaa1\t1.300000\t1.0\tkeep\tbaseline", "bbbbbb2\t1.280000\t1.0\tkeep\ta gain"]
+    first = run_line("aaaaaa1", 1.3, 1.3, **usual)
+    same, other = (run_line("bbbbbb2", 1.28, 1.28, **each) for each in (usual, usual | more))
+    assert "before believing" not in execute(rows, [first, same])
+    text = execute(rows, [first, other])
+    assert f"before believing it: {words}\n" in text
