@@ -238,7 +238,8 @@ def progress_bar(**options):
         options |= dict(file=Lines(), mininterval=10, delay=10, ascii=True, ncols=80)
     return tqdm(leave=False, **options)
 
-machine.flash3_commit = read_json(CACHE / "flash3.json", "")
+with suppress(OSError):             # a cache that can't be read is named later
+    machine.flash3_commit = read_json(CACHE / "flash3.json", "")
 
 # ------------------------------------------------------------------------------------------------
 # Download: resumed, retried, checked, and given its name only when it is complete

@@ -118,7 +118,7 @@ def experiment(bundle, commit, seed, wave, settings, python, machines, limit):
     if slots > 1:
         env["OMP_NUM_THREADS"] = str(machine["share"])
         if hasattr(os, "sched_setaffinity"):
-            first = slot * machine["share"]
+            first = slot * machine["share"] % len(cores())      # more GPUs than cores: shared
             os.sched_setaffinity(0, cores()[first:first + machine["share"]])
     status, line = HANGS, b""
     with tempfile.TemporaryDirectory(prefix="wave-", ignore_cleanup_errors=True) as folder:
@@ -226,7 +226,7 @@ def machines_of_the_wave(settings, python, say):
             kinds = [name for name in node["Resources"] if name.startswith(ACCELERATOR_TYPE)]
             machine |= {"GPU": kinds[0].removeprefix(ACCELERATOR_TYPE) if kinds else "unknown",
                         "slots": len(machine["gpus"])}
-        machine["share"] = machine["cores"] // machine["slots"]
+        machine["share"] = max(1, machine["cores"] // machine["slots"])
         machines[node["NodeID"]] = machine
     check(list(machines.values()), kind, settings)
     share = min(machine["share"] for machine in machines.values())
