@@ -1,5 +1,5 @@
 """
-wave.py with a stub train.py: on this machine alone, on two machines, on a machine with two GPUs.
+wave.py with a stub train.py: on this machine alone, on two machines, on a machine with three GPUs.
 The machines are Ray nodes on this host, their GPUs numbers without a card.
 """
 
@@ -320,21 +320,23 @@ def test_a_node_that_dies_has_its_runs_started_again(checkout, python):
         assert "T4 on " in output and "unknown on " in output
 
 
-def test_two_gpus_of_a_machine_and_the_loss_of_its_head(checkout, python):
-    with cluster(python, head_gpus=2) as machines:
-        status, output = checkout.wave(f"{checkout.ok}:42", f"{checkout.ok}:43", **machines.env)
+def test_three_gpus_of_a_machine_and_the_loss_of_its_head(checkout, python):
+    with cluster(python, head_gpus=3) as machines:
+        runs = [f"{checkout.ok}:{seed}" for seed in (42, 43, 44)]
+        status, output = checkout.wave(*runs, **machines.env)
         assert status == 0, output
-        first, second = sorted(checkout.notes(), key=lambda note: note["gpu"])
-        assert (first["gpu"], second["gpu"]) == ("0", "1")
-        assert max(first["at"], second["at"]) < checkout.notes("end")[0]["at"]
-        share = len(os.sched_getaffinity(0)) // 2
-        for note in first, second:
-            assert note["threads"] == str(share) == str(len(note["cores"]))
+        starts = sorted(checkout.notes(), key=lambda note: note["gpu"])
+        assert [note["gpu"] for note in starts] == ["0", "1", "2"]
+        assert max(note["at"] for note in starts) < checkout.notes("end")[0]["at"]
+        cores = sorted(os.sched_getaffinity(0))
+        share = max(1, len(cores) // 3)         # of two cores, the first one does for two GPUs
+        for slot, note in enumerate(starts):
+            first = slot * share % len(cores)
+            assert note["cores"] == cores[first:first + share] and note["threads"] == str(share)
             assert note["nice"] == os.nice(0)
-        assert not set(first["cores"]) & set(second["cores"])
 
         driver = checkout.start(f"{checkout.commit('hangs')}:42", **machines.env)
-        assert until(lambda: len(checkout.notes()) == 3)
+        assert until(lambda: len(checkout.notes()) == 4)
         [head] = machines.processes("gcs_server")
         head.kill()
         output, _ = driver.communicate(timeout=120)
