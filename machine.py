@@ -34,6 +34,32 @@ def unused_driver():
     return query.stdout.split("\n")[0].strip() if query.returncode == 0 else ""
 
 
+def no_code():
+    """Why this torch has no code for the NVIDIA GPU that it sees; empty if it has."""
+    if torch.version.hip:
+        return ""
+    capability = torch.cuda.get_device_capability()
+    built = [name.removeprefix("sm_").rstrip("af") for name in torch.cuda.get_arch_list()
+             if name.startswith("sm_")]
+    oldest = min(map(int, built), default=0)
+    if 10 * capability[0] + capability[1] >= oldest:
+        return ""
+    return (f"torch {torch.__version__} has no code for {torch.cuda.get_device_name()}, which has "
+            f"compute capability {capability[0]}.{capability[1]}; its oldest is "
+            f"{oldest // 10}.{oldest % 10}. The build for CUDA 12.6 has it (pytorch#172352): "
+            "uv pip install --reinstall-package torch --torch-backend=cu126 torch, and then "
+            "export UV_NO_SYNC=1; or train on the CPU: AUTORESEARCH_DEVICE=cpu")
+
+
+@functools.cache        # so that it is said once
+def mention_amd():
+    """Say so if the machine may have an AMD GPU that this torch, built for CUDA, can't use."""
+    if not torch.version.hip and os.path.exists("/dev/kfd"):
+        print("device: there is an AMD driver here (/dev/kfd), but this torch is not built for "
+              "ROCm. For that: uv pip install --reinstall-package torch --torch-backend=auto torch "
+              "and export UV_NO_SYNC=1")
+
+
 def default_device():
     """The torch device to train on: AUTORESEARCH_DEVICE, or the best one available."""
     available = ["cpu"]
@@ -43,9 +69,21 @@ def default_device():
         available.insert(0, "cuda")
     wanted = os.environ.get("AUTORESEARCH_DEVICE")
     if not wanted and (driver := unused_driver()):
+        if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+            reason = "CUDA_VISIBLE_DEVICES hides it. Unset that"
+        elif torch.version.cuda:
+            reason = f"its driver {driver} is probably too old. Update it"
+        else:
+            reason = ("this torch is a build for CPUs. Install another: uv pip install "
+                      "--reinstall-package torch --torch-backend=auto torch, and export "
+                      "UV_NO_SYNC=1")
         sys.exit(f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, does not see "
-                 f"this machine's NVIDIA GPU: its driver {driver} is probably too old. Update it, "
+                 f"this machine's NVIDIA GPU: {reason}, "
                  "or train on the CPU: AUTORESEARCH_DEVICE=cpu")
+    if wanted in (None, "", "cuda") and available[0] == "cuda" and (sentence := no_code()):
+        sys.exit(sentence)
+    if not wanted and available == ["cpu"]:
+        mention_amd()
     if wanted and wanted not in available:
         sys.exit(f"AUTORESEARCH_DEVICE: device {wanted!r} is not available; "
                  f"available: {', '.join(available)}")

@@ -482,6 +482,9 @@ def processor():
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             key, _, value = line.partition(":")
             cpu.setdefault(key.strip(), value.strip())
+    with suppress(OSError):         # on a Mac, where platform says "arm" for all chips
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        name = subprocess.run(command, capture_output=True, text=True).stdout.strip() or name
     if "model name" in cpu:
         name = cpu["model name"]
     if "cpu family" in cpu:                             # a cloud may give two generations one name

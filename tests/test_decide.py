@@ -75,6 +75,15 @@ def answer(monkeypatch, capsys):
     return answer
 
 
+@pytest.fixture
+def git(tmp_path):
+    """Run git in the folder of the logs."""
+    def git(*arguments):
+        command = ["git", "-C", tmp_path, "-c", "user.name=t", "-c", "user.email=t@t", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    return git
+
+
 # -- the rule
 
 def test_noise_is_pooled_over_commits():
@@ -339,12 +348,8 @@ def test_an_idea_that_ran_on_seed_43_only(write, log, answer):
 
 # -- the programs
 
-def test_the_command_in_a_clone(tmp_path):
+def test_the_command_in_a_clone(tmp_path, git):
     """With nothing but the standard library (-S), on HEAD and on a commit by name."""
-    def git(*arguments):
-        command = ["git", "-C", tmp_path, "-c", "user.name=t", "-c", "user.email=t@t", *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
     def program(*arguments):
         command = [sys.executable, "-S", ROOT / "decide.py", *arguments]
         result = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE,
@@ -391,12 +396,23 @@ def wave(folder, write, log, answer, monkeypatch):
     monkeypatch.setattr(decide.subprocess, "run", lambda *_, **__: Git)
     write(*BASELINE)
 
-    def wave(commit, seed, val_bpb, stamp="w1", number=1):
-        log(commit, seed, val_bpb)
+    def wave(commit, seed, val_bpb, stamp="w1", number=1, text="", /, **more):
+        log(commit, seed, val_bpb, 1, text, **more)
         path = folder / f"run-{commit}-{seed}-240001.log"
         path.rename(folder / f"run-{commit}-{seed}-{stamp}-{number}.log")
     wave.git = Git
     return wave
+
+
+@pytest.fixture
+def confirm(wave):
+    """The six runs of a wave; gain: of the idea over the kept commit, on each seed."""
+    def confirm(gain, stamp="w2", leave=()):
+        for seed in {43, 44, 45} - set(leave):
+            wave(IDEA, seed, 1.3 - gain, stamp)
+        for seed in 43, 44, 45:
+            wave(KEPT, seed, 1.3, stamp)
+    return confirm
 
 
 def test_the_rule_for_waves():
@@ -408,6 +424,8 @@ def test_the_rule_for_waves():
     assert rule(0.004, needed, needed, needed) == "discard"
     assert rule(0.004, needed + 0.003, needed, needed - 0.0029) == "keep"
     assert rule(1.0, 0, 0, 0) == "discard"          # one lucky run keeps nothing
+    assert rule(0.003, 1.0, 1.0, 1.0) == rule(-1.0) == "discard"
+    assert rule(1.240 - 1.237) == "discard"         # 0.0030000000000001137
 
 
 def test_an_idea_of_a_wave_is_confirmed_beside_the_kept_commit(wave, answer):
@@ -457,3 +475,101 @@ def test_what_a_wave_lacks_is_said(wave, answer, folder):
     (folder / f"run-{IDEA}-42-w1-1.log").write_text("FAIL: the model reads ahead\n")
     words, code = answer("--wave", IDEA)
     assert code == 1 and "FAIL: the model reads ahead" in words
+
+
+@pytest.mark.parametrize("val_bpb,result,simpler", [
+    # gains 0.003334 and 0.003333: more than a third of the margin
+    (1.295666, "confirm", False), (1.295667, "discard", True),
+    # worse by just less and just more than s
+    (1.300999, "discard", True), (1.301001, "discard", False), (0.5, "confirm", False)])
+def test_the_boundaries_of_a_screening_wave(val_bpb, result, simpler, wave, answer):
+    wave(IDEA, 42, val_bpb)
+    words, code = answer("--wave", IDEA)
+    assert words.startswith(f"{IDEA} {result}: gain {1.299 - val_bpb:+.6f} over {KEPT} on seed 42;")
+    assert "; margin 0.010000, noise 0.002000, f = 3" in words and code == 0
+    assert ("or keep if the code got simpler" in words) == simpler
+    assert ("put into the next wave" in words) == (result == "confirm")
+
+
+@pytest.mark.parametrize("val_bpb", [1.295, 0.5])
+@pytest.mark.parametrize("more,result", [(0, "discard"), (1e-6, "keep")])
+def test_the_boundary_of_a_confirming_wave(val_bpb, more, result, wave, confirm, answer):
+    """The fresh seeds decide alone, however large the gain on seed 42."""
+    needed = decide.FRESH * 0.01
+    wave(IDEA, 42, val_bpb)
+    confirm(needed + more)
+    words, code = answer("--wave", IDEA)
+    assert words.startswith(f"{IDEA} {result}: gain {1.299 - val_bpb:+.6f} over {KEPT} on seed 42, "
+                            f"mean {needed + more:+.6f} on seeds 43, 44, 45 (needed: {needed:.6f})")
+    assert "put into" not in words and code == 0
+
+
+def test_a_wave_screens_against_the_mean_of_the_rows(write, wave, answer):
+    """By hand: (1.299 + 1.297) / 2 = 1.298. The newest row alone would discard; a log is no row."""
+    write(*BASELINE[:3], row(KEPT, 1.297, "keep", "again, seed 42"))
+    wave(IDEA, 42, 1.2935)
+    wave(KEPT, 42, 1.2)
+    words, _ = answer("--wave", IDEA)
+    assert words.startswith(f"{IDEA} confirm: gain +0.004500 over {KEPT} on seed 42; "
+                            "margin 0.012583")
+
+
+def test_no_incomplete_wave_counts_however_new(wave, confirm, answer):
+    wave(IDEA, 42, 1.289)
+    confirm(0.1, "w2")
+    confirm(0, "w3", leave=[44])
+    wave(IDEA, 44, 1.3, "w4")
+    words, _ = answer("--wave", IDEA)
+    assert words.startswith(f"{IDEA} keep: ") and "mean +0.100000 on seeds" in words
+    wave(IDEA, 44, 1.3, "w3")
+    words, _ = answer("--wave", IDEA)
+    assert words.startswith(f"{IDEA} discard: ") and "mean +0.000000 on seeds" in words
+
+
+def test_runs_one_after_another_are_no_wave(wave, log, answer):
+    wave(IDEA, 42, 1.289)
+    for minutes, seed in enumerate((43, 44, 45), 10):
+        log(IDEA, seed, 1.2, minutes)
+        log(KEPT, seed, 1.3, minutes + 10)
+    assert answer("--wave", IDEA)[0].startswith(f"{IDEA} confirm: ")
+
+
+@pytest.mark.parametrize("commit,seed", [(IDEA, 42), (IDEA, 43), (KEPT, 44), (KEPT, 45)])
+@pytest.mark.parametrize("val_bpb,text,more,words", [
+    (1.2, "FAIL: the loss is NaN", dict(), "FAIL: the loss is NaN. Fix the bug and commit on top"),
+    (None, "", dict(), "has no val_bpb: wait if it is still running"),
+    (1.2, "", dict(time_budget="60 (not comparable)"), "'time_budget: 60 (not comparable)': corr"),
+    (1.2, "", dict(seed=46), "ran on seed 46: rename it, and run on seed"),
+    (1.2, "", dict(device="cuda (H100)"), "ran on cuda (H100), the baseline on cpu (2 cores): on")])
+def test_a_run_of_a_wave_that_does_not_compare(commit, seed, val_bpb, text, more, words, wave,
+                                               confirm, answer):
+    """One of the seven is enough, though the other six would do."""
+    wave(IDEA, 42, 1.289, "w2")
+    confirm(0.1)
+    wave(commit, seed, val_bpb, "w2", 1, text, **more)
+    line, code = answer("--wave", IDEA)
+    assert line.startswith(f"run-{commit}-{seed}-w2-1.log") and words in line and code == 1
+
+
+def test_an_idea_on_another_base_is_refused(write, log, answer, git):
+    """Commits of a real clone: one beside the last kept commit, one below it, two on top of it."""
+    def commit(name):
+        git("commit", "-qm", name, "--allow-empty")
+        return git("rev-parse", "--short", "HEAD")
+
+    git("init", "-q")
+    below = commit("below")
+    beside = commit("beside")
+    git("checkout", "-q", below)
+    kept = commit("kept")
+    on_top = [commit("idea"), commit("idea on the idea")]
+    write(*(each.replace(KEPT, kept) for each in BASELINE))
+    for name in (below, beside, *on_top):
+        log(name, 42, 1.28)
+    for name in below, beside:
+        assert answer("--wave", name) == (
+            f"{name} is not on top of {kept}, the last kept commit: "
+            f"git cherry-pick {name} onto it, and run that as a new idea", 1)
+    for name in on_top:
+        line, code = answer("--wave", name)
+        assert line.startswith(f"{name} confirm: gain +0.019000 over {kept}") and code == 0

@@ -400,11 +400,68 @@ def test_a_driver_too_old_is_said_before_anything_trains_on_the_cpu(command, tmp
     assert f"torch {torch.__version__}" in result.stdout and torch.version.cuda in result.stdout
 
 
+@pytest.mark.parametrize("hidden,cuda,sentence", [
+    (None, None, "this torch is a build for CPUs. Install another: uv pip install"),
+    ("", "13.0", "CUDA_VISIBLE_DEVICES hides it. Unset that"),
+    (None, "13.0", "its driver 470.82.01 is probably too old. Update it")])
+def test_why_torch_does_not_see_the_gpu(hidden, cuda, sentence, monkeypatch):
+    monkeypatch.setattr(machine, "unused_driver", lambda: "470.82.01")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.delenv("AUTORESEARCH_DEVICE")
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    with pytest.raises(SystemExit, match=sentence):
+        machine.default_device()
+
+
+@pytest.mark.parametrize("capability,hip,refused", [
+    ((6, 1), None, True), ((7, 0), None, True), ((7, 5), None, False), ((9, 0), None, False),
+    ((12, 1), None, False), ((6, 1), "7.1", False)])
+def test_a_card_that_this_torch_has_no_code_for_is_refused(capability, hip, refused, card,
+                                                           monkeypatch):
+    card(capability, "GeForce GTX 1080")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    built = ["sm_75", "sm_80", "sm_90a", "sm_120", "compute_120"]
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    monkeypatch.setenv("AUTORESEARCH_DEVICE", "cuda")
+    if not refused:
+        assert machine.default_device().type == "cuda"
+        return
+    with pytest.raises(SystemExit) as error:
+        machine.default_device()
+    words = str(error.value)
+    assert f"GTX 1080, which has compute capability {capability[0]}.{capability[1]}" in words
+    assert "its oldest is 7.5" in words and "--torch-backend=cu126" in words
+    monkeypatch.setenv("AUTORESEARCH_DEVICE", "cpu")
+    assert machine.default_device().type == "cpu"
+
+
+def test_an_amd_driver_that_torch_was_not_built_for_is_mentioned_once(monkeypatch, capsys):
+    machine.mention_amd.cache_clear()
+    monkeypatch.setattr(machine.os.path, "exists", lambda path: path == "/dev/kfd")
+    monkeypatch.setattr(machine, "unused_driver", lambda: "")
+    monkeypatch.delenv("AUTORESEARCH_DEVICE")
+    for _ in range(2):
+        assert machine.default_device().type == "cpu"
+    assert capsys.readouterr().out.count("--torch-backend=auto torch") == 1
+    machine.mention_amd.cache_clear()
+
+
 def test_a_driver_without_a_gpu_is_none(tmp_path, monkeypatch):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho no devices were found\nexit 6\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert machine.unused_driver() == ""
+
+
+def test_the_device_names_the_chip_of_a_mac(monkeypatch, tmp_path):
+    script = "#!/bin/sh\n[ $2 = machdep.cpu.brand_string ] && echo Apple M4"
+    (tmp_path / "sysctl").write_text(script)
+    (tmp_path / "sysctl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(referee.Path, "read_text", lambda path: "")
+    assert referee.processor() == f"Apple M4, {os.cpu_count()} cores"
 
 
 def test_the_device_tells_processor_generations_apart(monkeypatch):
