@@ -226,15 +226,19 @@ def fresh_gains(folder, commit, kept, machine):
     def by_wave(name, seed):
         found = {}
         for log in logs(folder, name, seed):
-            found.setdefault(log["name"].split("-")[3], []).append(number(log, seed, machine))
+            found.setdefault(log["name"].split("-")[3], []).append(log)
         return found
+
+    def mean(logs, seed):
+        return statistics.fmean(number(log, seed, machine) for log in logs)
 
     mine, theirs = ([by_wave(name, seed) for seed in FRESH_SEEDS] for name in (commit, kept))
     waves = set.intersection(*map(set, mine + theirs))
     if not waves:
         return None
-    newest = max(waves)
-    return [statistics.fmean(b[newest]) - statistics.fmean(a[newest]) for a, b in zip(mine, theirs)]
+    newest = max(waves, key=lambda wave: mine[0][wave][-1]["ended"])
+    return [mean(b[newest], seed) - mean(a[newest], seed)
+            for a, b, seed in zip(mine, theirs, FRESH_SEEDS)]
 
 
 def busy(log, usual):
@@ -335,7 +339,8 @@ def decide(rows, session, commit, path, wave):
         sys.exit(f"nothing to decide, {commit} is the last kept commit: {task}; {session}")
     told = [row for row in rows if row.n > session.first.n and row.train == commit[:7]]
     if told:
-        return f"{told[-1].status}: decided already, {path} has a row of {commit}"
+        name = f"{commit} " if wave else ""
+        return f"{name}{told[-1].status}: decided already, {path} has a row of {commit}"
     if wave:
         result, words = wave_decision(session, folder, commit)
         return f"{commit} {result}: {words}"
@@ -367,8 +372,17 @@ def main():
     if missing := session.missing():
         sys.exit(f"{len(missing)} of 4 baselines missing: run {session.first.commit} on seed "
                  f"{missing[0]} first, or write its row if it has run")
+    undecided = 0
     for commit in commits:
-        print(decide(rows, session, commit, path, arguments.wave))
+        try:
+            print(decide(rows, session, commit, path, arguments.wave))
+        except SystemExit as reason:
+            if len(commits) == 1:
+                raise
+            print(f"{commit} undecided: {reason}")
+            undecided += 1
+    if undecided:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

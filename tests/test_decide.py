@@ -406,12 +406,12 @@ def wave(folder, write, log, answer, monkeypatch):
 
 @pytest.fixture
 def confirm(wave):
-    """The six runs of a wave; gain: of the idea over the kept commit, on each seed."""
-    def confirm(gain, stamp="w2", leave=()):
-        for seed in {43, 44, 45} - set(leave):
-            wave(IDEA, seed, 1.3 - gain, stamp)
+    """The six runs of a wave, but one; gain: of the idea over the kept commit, on each seed."""
+    def confirm(gain, stamp="w2", without=None):
         for seed in 43, 44, 45:
-            wave(KEPT, seed, 1.3, stamp)
+            for commit, val_bpb in (IDEA, 1.3 - gain), (KEPT, 1.3):
+                if (commit, seed) != without:
+                    wave(commit, seed, val_bpb, stamp)
     return confirm
 
 
@@ -514,14 +514,15 @@ def test_a_wave_screens_against_the_mean_of_the_rows(write, wave, answer):
                             "margin 0.012583")
 
 
-def test_no_incomplete_wave_counts_however_new(wave, confirm, answer):
+@pytest.mark.parametrize("without", [(IDEA, 44), (KEPT, 43), (KEPT, 45)])
+def test_no_incomplete_wave_counts_however_new(without, wave, confirm, answer):
     wave(IDEA, 42, 1.289)
     confirm(0.1, "w2")
-    confirm(0, "w3", leave=[44])
-    wave(IDEA, 44, 1.3, "w4")
+    confirm(0, "w3", without)
+    wave(*without, 1.3, "w4")
     words, _ = answer("--wave", IDEA)
     assert words.startswith(f"{IDEA} keep: ") and "mean +0.100000 on seeds" in words
-    wave(IDEA, 44, 1.3, "w3")
+    wave(*without, 1.3, "w3")
     words, _ = answer("--wave", IDEA)
     assert words.startswith(f"{IDEA} discard: ") and "mean +0.000000 on seeds" in words
 
@@ -573,3 +574,13 @@ def test_an_idea_on_another_base_is_refused(write, log, answer, git):
     for name in on_top:
         line, code = answer("--wave", name)
         assert line.startswith(f"{name} confirm: gain +0.019000 over {kept}") and code == 0
+
+
+def test_one_bad_commit_of_a_wave_does_not_silence_the_rest(wave, monkeypatch, capsys):
+    wave(IDEA, 42, 1.28)
+    monkeypatch.setattr(sys, "argv", ["decide.py", "--wave", "ccccccc", IDEA])
+    with pytest.raises(SystemExit, match="1"):
+        decide.main()
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("ccccccc undecided: there is no run-ccccccc-42-*.log")
+    assert second.startswith(f"{IDEA} confirm: ")
