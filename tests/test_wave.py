@@ -169,7 +169,9 @@ class Cluster:
                     "RAY_AUTH_TOKEN_PATH": str(token), "RAY_memory_monitor_refresh_ms": "0",
                     # A dead node is noticed after 3 s instead of 30.
                     "RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "1000",
-                    "RAY_health_check_failure_threshold": "2"}
+                    "RAY_health_check_failure_threshold": "2",
+                    # A node without a head ends after 5 s instead of 60.
+                    "RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
         self.start("--head", "--port", self.address.split(":")[1], "--num-gpus", head_gpus,
                    "--include-dashboard", "false", "--temp-dir", self.folder)
 
