@@ -330,14 +330,75 @@ def test_waves_are_counted_once_with_the_time_that_slots_stood_empty(execute):
         in_wave("w2/2/2", "01:10:00", "cccccc3", None, failure="FAIL: causality")]
     text = execute(rows, journal)
     assert "4 runs in the journal" in text and "1 runs without a number" in text
-    assert ("2 waves, 4 runs in 2 slots, 16.0 runs an hour; "
-            "the slots stood empty for 33% of the time") in text
+    assert ("2 waves of up to 2 slots, 4 experiments, 16.0 runs an hour; "
+            "the slots stood empty for 33% of their time") in text
     assert "which were reported" not in text and "Every row agrees" in text
+
+
+@pytest.mark.parametrize("lines,words", [
+    ([(1.31, None), (1.3, None)], None),
+    ([(1.3, None), (None, "killed")], None),
+    ([(None, "killed"), (1.3, None)], None),
+    ([(None, "killed"), (None, "FAIL: causality")], "no number (FAIL: causality)")])
+def test_of_a_run_started_again_the_last_line_with_a_number_counts(lines, words, execute):
+    journal = [in_wave("w1/1/1", "01:00:00", "aaaaaa1", val, failure=failure)
+               for val, failure in lines]
+    text = execute(NIGHT[:1], journal)
+    assert "1 runs in the journal\n" in text
+    assert (words or "Every row agrees") in text
+
+
+def test_a_wave_of_fewer_slots_and_the_time_between_waves(execute):
+    """
+    By hand, in minutes of a slot: the waves have 4 x 10 and 2 x 5, and 10 between them count for
+    all 4 slots, so of 90 the runs fill 4 x 5 + 5 + 5. Six runs in 25 minutes are 14.4 an hour.
+    The third wave lies beside the first and adds 1 x 5, all of it filled: of 95 the runs fill 35.
+    """
+    journal = [in_wave(f"w1/{number}/4", start, "aaaaaa1", 1.3 + number / 1000)
+               for number, start in enumerate(["01:00:00"] * 3 + ["01:05:00"])]
+    journal += [in_wave("w2/1/2", "01:20:00", "aaaaaa1", 1.31),
+                in_wave("w2/2/2", "01:20:00", "aaaaaa1", 1.32)]
+    text = execute(NIGHT[:1], journal[::-1])
+    assert "2 waves of up to 4 slots, 6 experiments, 14.4 runs an hour" in text
+    assert "empty for 67% of their time" in text
+    beside = in_wave("w3/1/1", "01:02:00", "aaaaaa1", 1.33)
+    text = execute(NIGHT[:1], journal + [beside])
+    assert "3 waves" in text and "16.8 runs an hour" in text
+    assert "empty for 63% of their time" in text
+
+
+@pytest.mark.parametrize("more", [{}, {"wave": "mine"}])
+def test_a_night_without_waves_prints_nothing_of_them(more, execute):
+    assert "slots" not in execute(NIGHT, [line | more for line in JOURNAL])
+
+
+def test_rows_of_one_commit_and_seed_in_a_wave_take_its_lines_in_order(execute, names):
+    """
+    The rows #0 and #1 have equal numbers. #2 has a wrong one: it takes what is left, not what is
+    #3's, and not another seed's.
+    """
+    rows = ["aaaaaa1\t1.300000\t1.0\tkeep\tbaseline",
+            "aaaaaa1\t1.300000\t1.0\tkeep\tagain, seed 42",
+            "aaaaaa1\t1.200000\t1.0\tkeep\tagain, seed 42",
+            "aaaaaa1\t1.303000\t1.0\tkeep\tagain, seed 42",
+            "aaaaaa1\t1.305000\t1.0\tkeep\tagain, seed 43"]
+    values = [1.3, 1.3, 1.303, 1.304, 1.305]
+    journal = [in_wave(f"w1/{number}/5", "01:00:00", "aaaaaa1", val)
+               for number, val in enumerate(values, 1)]
+    for number, line in enumerate(journal):
+        line["test_bpb"] = 1.2 + number / 100
+    journal[4]["seed"] = 43
+    text = execute(rows, journal)
+    assert [row.test_bpb for row in names["rows"]] == [1.2, 1.21, 1.23, 1.22, 1.24]
+    assert text.count("before believing") == 1
+    assert "#2 aaaaaa1 (keep, 1.200000)" in text and "the journal 1.304000" in text
 
 
 @pytest.mark.parametrize("more,words", [
     (dict(share={"cores": 1, "nice": 0}), "had 1 cores, the first run 2"),
-    (dict(share={"cores": 2, "nice": 5}), "ran at low priority"),
+    (dict(share={"cores": 4, "nice": 0}), "had 4 cores, the first run 2"),
+    (dict(share={"cores": 2, "nice": 5}), "ran at nice 5"),
+    (dict(share={"cores": 2, "nice": -5}), "ran at nice -5"),
     (dict(attention="varlen_attn"), "attention was varlen_attn, the first run's FlashAttention-3"),
     (dict(compiled=False), "was not compiled")])
 def test_a_run_with_less_of_the_machine_is_doubted(execute, more, words):
@@ -348,3 +409,13 @@ def test_a_run_with_less_of_the_machine_is_doubted(execute, more, words):
     assert "before believing" not in execute(rows, [first, same])
     text = execute(rows, [first, other])
     assert f"before believing it: {words}\n" in text
+
+
+def test_cores_compare_only_on_one_device_and_where_the_journal_has_them(execute):
+    def run(commit, val, device, **more):
+        return run_line(commit, val, val, device=device, **more)
+
+    other = run("bbbbbb2", 1.28, "slow", share={"cores": 4, "nice": 0})
+    for first in (run("aaaaaa1", 1.3, "fast", share={"cores": 2, "nice": 0}),
+                  run("aaaaaa1", 1.3, "slow")):
+        assert "before believing" not in execute(NIGHT[:1] + NIGHT[3:4], [first, other])
