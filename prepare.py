@@ -1061,7 +1061,7 @@ class Run:
         random.seed(SEED)
         np.random.seed(SEED % 2**32)
         torch.manual_seed(SEED)
-        age = time.time() - psutil.Process().create_time()
+        age = time.time() - psutil.Process().create_time() if BOUNDARY else 0
         faulthandler.dump_traceback_later(max(1, HARD_LIMIT - age), exit=True)
         signal.signal(signal.SIGTERM, on_sigterm)
         print(f"dataset: {self.dataset.name}, vocabulary {self.vocab_size:,}, "
