@@ -26,7 +26,7 @@ BASELINE_SEEDS = [43, 44, 42, 42]
 FLOOR = 0.002           # no smaller gain is worth having, however quiet the machine
 PAIR = 0.7              # of the margin: what the mean of two gains has to exceed
 AGAIN = 10              # rows after which the last kept commit runs again
-FRESH_SEEDS = ["43", "44", "45"]    # on which a wave confirms an idea
+FRESH_SEEDS = [43, 44, 45]          # on which a wave confirms an idea
 FRESH = 1.2             # of the margin: what the mean of the three gains has to exceed
 APART = 1800            # s between the ends of a pair's runs: speed wanders from hour to hour
 
@@ -253,22 +253,28 @@ def busy(log, usual):
 # ------------------------------------------------------------------------------------------------
 # The program
 
-def decision(session, folder, commit):
-    """(verdict, why and what next) for a commit, by its logs. Exits if something is missing."""
+def first_gain(session, folder, commit):
+    """The gain on seed 42 over the mean of the last kept commit. Exits if something is missing."""
     kept = session.kept
     runs = logs(folder, commit, 42)
     if not runs:
         sys.exit(f"there is no run-{commit}-42-*.log: run {commit} on seed 42 first")
     value = number(runs[-1], 42, session.machine)
+    earlier = [row.val_bpb for row in session.runs(kept.train, 42)]
+    if not earlier:
+        sys.exit(f"{kept.commit}, the last kept commit, has no row on seed 42: run it there first")
+    return statistics.fmean(earlier) - value
+
+
+def decision(session, folder, commit):
+    """(verdict, why and what next) for a commit, by its logs. Exits if something is missing."""
+    kept = session.kept
+    gain = first_gain(session, folder, commit)
     mine, theirs, next_run = pair(folder, commit, kept.commit, session.machine)
     # The margin is that before the pair, even if a row of the pair is there already.
     before = [row for row in session.rows
               if (row.kind, row.seed, row.val_bpb) != ("repeat", 43, theirs)]
     session = Session(before)
-    earlier = [row.val_bpb for row in session.runs(kept.train, 42)]
-    if not earlier:
-        sys.exit(f"{kept.commit}, the last kept commit, has no row on seed 42: run it there first")
-    gain = statistics.fmean(earlier) - value
     result = verdict(gain, session.margin)
     words = f"gain {gain:+.6f} over {kept.commit} on seed 42"
     if result == "run the pair" and mine is not None:
@@ -294,18 +300,13 @@ def wave_decision(session, folder, commit):
     if subprocess.run(git, capture_output=True).returncode:
         sys.exit(f"{commit} is not on top of {kept.commit}, the last kept commit: "
                  f"git cherry-pick {commit} onto it, and run that as a new idea")
-    runs = logs(folder, commit, 42)
-    if not runs:
-        sys.exit(f"there is no run-{commit}-42-*.log: run {commit} on seed 42 first")
-    earlier = [row.val_bpb for row in session.runs(kept.train, 42)]
-    if not earlier:
-        sys.exit(f"{kept.commit}, the last kept commit, has no row on seed 42: write it first")
-    gain = statistics.fmean(earlier) - number(runs[-1], 42, session.machine)
+    gain = first_gain(session, folder, commit)
     fresh = fresh_gains(folder, commit, kept.commit, session.machine)
     result = wave_verdict(gain, session.margin, fresh)
     words = f"gain {gain:+.6f} over {kept.commit} on seed 42"
     if fresh:
-        words += (f", mean {statistics.fmean(fresh):+.6f} on seeds {', '.join(FRESH_SEEDS)} "
+        seeds = ", ".join(map(str, FRESH_SEEDS))
+        words += (f", mean {statistics.fmean(fresh):+.6f} on seeds {seeds} "
                   f"(needed: {FRESH * session.margin:.6f})")
     words += f"; {session}"
     if result == "confirm":

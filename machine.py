@@ -282,9 +282,11 @@ def fetch_flash3():
     """
     import kernels
     from huggingface_hub import HfApi
-    kernels.get_kernel(FLASH3, version=FLASH3_VERSION)
     refs = HfApi().list_repo_refs(FLASH3, repo_type="kernel")
-    return next(r.target_commit for r in refs.branches if r.name == f"v{FLASH3_VERSION}")
+    commits = {branch.name: branch.target_commit for branch in refs.branches}
+    commit = commits[f"v{FLASH3_VERSION}"]
+    kernels.get_kernel(FLASH3, revision=commit)
+    return commit
 
 
 def flash3():

@@ -482,7 +482,7 @@ def processor():
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             key, _, value = line.partition(":")
             cpu.setdefault(key.strip(), value.strip())
-    with suppress(OSError):         # on a Mac, where platform says "arm" for all chips
+    if sys.platform == "darwin":    # where platform says "arm" for all chips
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         name = subprocess.run(command, capture_output=True, text=True).stdout.strip() or name
     if "model name" in cpu:

@@ -43,6 +43,8 @@ from filelock import FileLock
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
+import decide
+
 HERE = Path(__file__).resolve().parent
 HARNESS = "prepare.py", "machine.py", "referee.py", "seal.py"   # as in referee.py
 GRACE = 360             # seconds for all but training, after which a run hangs
@@ -110,12 +112,12 @@ def experiment(bundle, commit, seed, wave, settings, python, machines, limit):
     context = ray.get_runtime_context()
     machine = machines[context.get_node_id()]
     gpus = context.get_accelerator_ids().get("GPU", [])
-    slot, slots = machine["gpus"].index(gpus[0]) if gpus else 0, len(machine["gpus"]) or 1
+    slot = machine["gpus"].index(gpus[0]) if gpus else 0
     env = os.environ | settings | {"AUTORESEARCH_SEED": seed, "AUTORESEARCH_WAVE": wave,
                                    "PYTHONUNBUFFERED": "1"}
     for name in "OMP_NUM_THREADS", "PYTHONBREAKPOINT", "VIRTUAL_ENV":   # Ray's and uv's
         env.pop(name, None)
-    if slots > 1:
+    if machine["slots"] > 1:
         env["OMP_NUM_THREADS"] = str(machine["share"])
         if hasattr(os, "sched_setaffinity"):
             first = slot * machine["share"] % len(cores())      # more GPUs than cores: shared
@@ -159,17 +161,14 @@ def parse(argument):
     name, _, seed = argument.rpartition(":")
     if not name or not seed.isdigit():
         sys.exit(f"{argument!r} is not COMMIT:SEED, such as HEAD:42")
-    command = ["git", "-C", HERE, "rev-parse", "-q", "--verify", f"{name}^{{commit}}"]
-    found = subprocess.run(command, capture_output=True, text=True)
-    if found.returncode:
-        sys.exit(f"{name} is no commit here; `git log --oneline --all` lists them")
-    commit = found.stdout.strip()
+    short = decide.short_hash(name, HERE)
+    commit = git("rev-parse", short).decode().strip()
     if not git("for-each-ref", "--count=1", "--contains", commit):
         sys.exit(f"{name} is on no branch, so it does not travel: git branch idea/NAME {name}")
     if changed := git("diff", "--name-only", commit, "--", *HARNESS).split():
         sys.exit(f"{name} has another {changed[0].decode()} than this checkout: its numbers would "
                  f"not compare; git cherry-pick its change of train.py onto a branch of this one")
-    return git("rev-parse", "--short", commit).decode().strip(), commit, seed
+    return short, commit, seed
 
 
 def answers(address):
@@ -253,12 +252,16 @@ def check(machines, kind, settings):
 
 
 def keep_line(journal, line):
-    """Append a run's line to this machine's journal, unless that is where it was written."""
+    """
+    Append a run's line to this machine's journal, unless that is where it was written. The lock,
+    and a new line after one that was cut off: as in referee.append_line, which needs numpy.
+    """
     journal.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(journal.with_suffix(".lock")), open(journal, "a+b") as file:
         file.seek(0)
-        if line not in file.read():
-            file.write(line)
+        lines = file.read()
+        if line not in lines:
+            file.write(line if not lines or lines.endswith(b"\n") else b"\n" + line)
 
 
 def numbers(status, log):

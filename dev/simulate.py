@@ -51,11 +51,11 @@ class Night:
         repeated = [values for values in self.values.values() if len(values) > 1]
         return decide.margin(*decide.noise(repeated))
 
-    def decisions(self):
+    def decisions(self, ideas=IDEAS):
         """Whether each idea is kept, one after the other."""
         on_42 = [self.run(0, seed) for seed in (42, 43, 44, 42)][::3]
         kept, rows = 0, 0
-        for idea in range(1, IDEAS + 1):
+        for idea in range(1, ideas + 1):
             if rows >= decide.AGAIN:
                 on_42.append(self.run(kept, 42))
                 rows = 0

@@ -26,6 +26,7 @@ import simulate         # which has the folder above on the path
 
 import decide
 
+FIRST_SEEDS = [42, 42, 43, 44, 42, 42, 43, 44]      # of the first wave
 IDEAS = 500
 HOURS = 8
 IDEA_SECONDS = 60
@@ -45,13 +46,12 @@ class Night:
         self.luck, self.values = {}, {}
         self.kept, self.false_keeps, self.ideas, self.runs = 0, 0, 0, 0
         self.promising = []                             # (gain, commit) to be confirmed
-        self.on_42 = []                                 # of the last kept commit
-        seeds = [42, 42, 43, 44, 42, 42, 43, 44]
-        for (_, seed), value in self.wave([(0, seed) for seed in seeds[:slots]]):
-            self.on_42 += [value] if seed == 42 else []
+        first = self.wave([(0, seed) for seed in FIRST_SEEDS[:slots]])
+        self.on_42 = [value for (_, seed), value in first if seed == 42]    # of the last kept one
 
     def wave(self, runs):
-        """((commit, seed), val_bpb) of runs at the same time."""
+        """((commit, seed), val_bpb) of runs at the same time, one a slot."""
+        assert len(runs) <= len(self.moods)
         common = self.draw()
         self.moods = [(mood + math.sqrt(3) * self.draw()) / 2 for mood in self.moods]
         results = []
@@ -66,7 +66,7 @@ class Night:
         return results
 
     def next(self, new):
-        """One wave, with at most `new` new ideas in it; the number there was room for."""
+        """One wave, with at most `new` new ideas in it."""
         margin = decide.margin(*decide.noise(v for v in self.values.values() if len(v) > 1))
         slots, seeds = len(self.moods), decide.FRESH_SEEDS
         self.promising.sort()
@@ -74,9 +74,8 @@ class Night:
         confirmed = [self.promising.pop()[1] for _ in range(count)]
         fresh = [(commit, seed) for commit in [self.kept, *confirmed] for seed in seeds]
         runs = fresh if confirmed else [(self.kept, 42)]
-        room = slots - len(runs)
         first = self.ideas + 1
-        self.ideas += min(new, room)
+        self.ideas += min(new, slots - len(runs))
         runs += [(idea, 42) for idea in range(first, self.ideas + 1)]
         results = dict(self.wave(runs))
         if not confirmed:
@@ -96,7 +95,6 @@ class Night:
             self.false_keeps += 1
             self.on_42 = self.values[self.kept][:1]     # its first run was on seed 42
             self.promising.clear()                      # on the old base: new ideas, if at all
-        return room
 
 
 def nights_with_false_keeps(nights, of_slot, of_wave):
@@ -131,8 +129,7 @@ def replay(slots, run_seconds, gap, agents, nights):
     for _ in range(nights):
         if slots == 1:
             night = simulate.Night(0, 0, draw)
-            simulate.IDEAS = 10_000
-            for result in night.decisions():
+            for result in night.decisions(ideas=10_000):        # more than fit into a night
                 if (sum(map(len, night.values.values())) + 1) * cycle > HOURS * 3600:
                     break
                 ideas += 1

@@ -385,6 +385,21 @@ def test_the_kernel_of_the_hub_is_fetched_once_and_by_its_commit(card, monkeypat
     assert len(asked) == 2
 
 
+def test_the_kernel_is_downloaded_at_the_commit_that_is_noted(monkeypatch):
+    branches = [types.SimpleNamespace(name=name, target_commit=commit)
+                for name, commit in (("main", "a"), ("v1", "c0ffee"), ("v2", "b"))]
+    asked = []
+
+    class Hub:
+        def list_repo_refs(self, repo, repo_type):
+            assert (repo, repo_type) == ("kernels-community/flash-attn3", "kernel")
+            return types.SimpleNamespace(branches=branches)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr("kernels.get_kernel", lambda repo, revision: asked.append(revision))
+    assert machine.fetch_flash3() == "c0ffee" and asked == ["c0ffee"]
+
+
 DRIVER = "#!/bin/sh\necho 470.82.01\n"
 
 
@@ -460,6 +475,7 @@ def test_the_device_names_the_chip_of_a_mac(monkeypatch, tmp_path):
     (tmp_path / "sysctl").write_text(script)
     (tmp_path / "sysctl").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(referee.sys, "platform", "darwin")
     monkeypatch.setattr(referee.Path, "read_text", lambda path: "")
     assert referee.processor() == f"Apple M4, {os.cpu_count()} cores"
 

