@@ -108,7 +108,7 @@ class Row:
 def read_results(path, complain):
     """The rows of results.tsv. complain: called with a sentence for each malformed one."""
     rows = []
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    lines = path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
         fields = line.split("\t")
         if not line.strip() or fields[0] == "commit":
@@ -179,7 +179,7 @@ def logs(folder, commit, seed="*"):
     found = []
     for path in folder.glob(f"run-*-{seed}-*.log"):
         if same_commit(path.name.split("-")[1], commit):
-            text = path.read_text(errors="replace")
+            text = path.read_text("utf-8", errors="replace")
             summary = dict(re.findall(r"^(\w+): +(\S.*)$", text, re.M))
             found.append(summary | {"name": path.name, "text": text, "ended": path.stat().st_mtime})
     return sorted(found, key=lambda log: log["ended"])

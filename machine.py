@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import torch
 import torch.nn.functional as F
 
@@ -119,6 +120,8 @@ def keep_freed_memory():
     Tell glibc, where it is the C library, to keep freed memory. By default it returns large blocks
     to the system, and every step page-faults them in again (dev/log.md).
     """
+    if sys.platform != "linux":
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         mallopt(-1, 2**31 - 1)      # M_TRIM_THRESHOLD
@@ -147,6 +150,9 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated()
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):    # on Windows, which has no module resource
+        return memory.peak_wset
     import resource
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -77,8 +77,11 @@ referees = []           # keeps the Popen objects: the pipes would close with th
 
 def start_referee():
     """Start the referee, or take verify.py's: (pipe to read, pipe to write, shared folder)."""
-    if VERIFIED:
-        return json.loads(os.environ.pop("AUTORESEARCH_REFEREE"))
+    if VERIFIED:            # the pipes to it are standard input and output
+        pipes = os.dup(0), os.dup(1)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(2, 1)       # what train.py prints goes to its log, as its errors do
+        return *pipes, os.environ.pop("AUTORESEARCH_REFEREE")
     scratch = os.path.realpath(tempfile.mkdtemp(prefix="autoresearch-"))
     settings = {"pid": os.getpid(), "program": os.path.abspath(sys.argv[0]), "cache": str(CACHE),
                 "scratch": scratch, "seed": SEED, "budget": TIME_BUDGET}
@@ -86,6 +89,7 @@ def start_referee():
     referee = subprocess.Popen(
         [sys.executable, "-I", program, json.dumps(settings)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+        creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),   # survives a closed window
         env=os.environ | {"OPENBLAS_NUM_THREADS": "1"})     # the referee does no matmuls
     referees.append(referee)
     return referee.stdout.fileno(), referee.stdin.fileno(), scratch

@@ -608,6 +608,16 @@ class Referee:
             raise
         finally:
             self.end(UNFINISHED)
+            self.clean_up()
+
+    def clean_up(self):
+        """Remove the shared folder. Windows keeps a file while somebody has it mapped."""
+        self.fill = self.batch = None
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        if os.path.exists(self.scratch):
+            os.close(self.channel.writer)               # the run is over: train.py's process ends
+            with suppress(psutil.Error):
+                self.process.wait(ANSWER_TIME)
             shutil.rmtree(self.scratch, ignore_errors=True)
 
     def end(self, failure):
@@ -852,7 +862,8 @@ class Referee:
         step = min(training / self.handed, 0.1 * self.budget)
         allowed = self.budget + max(OVERRUN * self.budget, 0.5) + step
         if self.verified:
-            model = self.copied_model()
+            model_folder = tempfile.TemporaryDirectory()
+            model = self.copied_model(model_folder.name)
             # Copying runs code of train.py, so what exceeds COPY_TIME counts as training.
             training = max(training, time.monotonic() - self.first_batch - COPY_TIME)
         if training > allowed:
@@ -865,8 +876,8 @@ class Referee:
         positions = max(self.context, min(positions, 2 ** 28 // self.vocab_size))
         exam = Exam(texts, self.bos, self.context, positions, COPIES if self.verified else 1)
         if self.verified:
-            with model:
-                self.examine_copies(exam, positions, model.name)
+            with model_folder:
+                self.examine_copies(exam, positions, model)
         else:
             self.examine(self.channel, exam, exam.parts[0], positions, self.scratch)
         exam.check()
@@ -940,17 +951,16 @@ class Referee:
 
     # -- the number of a verified run
 
-    def copied_model(self):
-        """The trained model as an open temporary file, which train.py's process does not see."""
+    def copied_model(self, folder):
+        """The path of the trained model, in a `folder` that train.py's process can't see."""
         descriptor, path = tempfile.mkstemp(dir=self.scratch)
         self.channel.send("copy", path)
         answer = self.expect(self.channel, "copied")
         self.compiles = bool(answer[0])
-        model = tempfile.NamedTemporaryFile()
+        model = os.path.join(folder, "model")
         # From the descriptor: a link may have replaced the file at that path.
-        with open(descriptor, "rb") as source:
-            shutil.copyfileobj(source, model)
-        model.flush()
+        with open(descriptor, "rb") as source, open(model, "wb") as copy:
+            shutil.copyfileobj(source, copy)
         return model
 
     def examine_copies(self, exam, positions, model):

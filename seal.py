@@ -42,10 +42,8 @@ def landlock(rules):
 
     rules: pairs (path, rights to it and to all below it). Without a rule no file can be opened,
     made or removed. From Linux 6.12 on, no signal reaches a process outside either. Returns whether
-    it worked: False if the system has no Landlock.
+    it worked: False if this Linux has no Landlock.
     """
-    if sys.platform != "linux":
-        return False
     libc = ctypes.CDLL(None, use_errno=True)
     version = libc.syscall(CREATE_RULESET, None, 0, ASK_VERSION)
     if version < 3:                                 # before Linux 6.2 any file can be truncated
@@ -130,6 +128,15 @@ def seal(program, cache, scratch, more=()):
     to its own files.
     """
     own = own_paths(program)
+    files = scratch / "files"
+    files.mkdir()
+    with suppress(OSError):             # Windows has links for developers and administrators only
+        for path in filter(Path.exists, own):
+            (files / path.name).symlink_to(path)
+    os.chdir(files)
+    if sys.platform != "linux":
+        return False
+
     hidden = hidden_places(cache, program.parent, own, scratch)
     above = {parent for place in hidden for parent in place.parents}
     rules = []
@@ -142,13 +149,6 @@ def seal(program, cache, scratch, more=()):
                     grant(child, rights)
         elif place not in hidden and not place.is_symlink():
             rules.append((place, rights))
-
-    files = scratch / "files"
-    files.mkdir()
-    for path in own:
-        if path.exists():
-            (files / path.name).symlink_to(path)
-    os.chdir(files)
 
     grant(Path("/"), READ)
     # Of the cache only what names no text: the tokenizers, and how the data was made.

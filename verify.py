@@ -37,6 +37,7 @@ HARNESS = *referee.HARNESS, "verify.py", "decide.py"
 # bytes of a train.py that a person still reads; more may be data
 LONGEST = 100_000
 KEPT_VARIABLES = (
+    "SYSTEMROOT", "TEMP", "USERNAME", "USERPROFILE",    # without these nothing starts on Windows
     "PATH", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES",
     "OMP_NUM_THREADS", "AUTORESEARCH_CACHE_DIR", "AUTORESEARCH_TIME_BUDGET", "AUTORESEARCH_DEVICE")
 
@@ -175,13 +176,12 @@ def run(commit, seed, path):
                         "AUTORESEARCH_CACHE_DIR": str(prepare.CACHE)}
         told, to_train = os.pipe()
         to_referee, tells = os.pipe()
-        mine = {"AUTORESEARCH_SEED": str(seed),
-                "AUTORESEARCH_REFEREE": json.dumps([told, tells, str(scratch)])}
+        mine = {"AUTORESEARCH_SEED": str(seed), "AUTORESEARCH_REFEREE": str(scratch)}
         with open(f"verify-{commit[:7]}-{seed}.log", "wb") as log:
             train = subprocess.Popen(
                 [*sandbox(path, clone, scratch), sys.executable, "train.py"], cwd=clone,
-                env=environment | mine, pass_fds=(told, tells), stdin=subprocess.DEVNULL,
-                stdout=log, stderr=log, start_new_session=True)
+                env=environment | mine, stdin=told, stdout=tells, stderr=log,
+                start_new_session=True)
             settings = {
                 "pid": train.pid, "cache": str(prepare.CACHE), "scratch": str(scratch),
                 "program": str(clone / "train.py"), "seed": seed, "budget": prepare.TIME_BUDGET,
