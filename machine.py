@@ -361,12 +361,25 @@ def choose_attention(device):
 # ------------------------------------------------------------------------------------------------
 # Compiler
 
+def no_compiler(device):
+    """Why nothing can be compiled for this device; empty if it can."""
+    from torch._inductor import cpp_builder, exc
+    from torch.utils._triton import has_triton
+    if device.type == "mps":
+        return "not on MPS"         # torch's compiler is not ready there
+    if device.type == "cuda":
+        return "" if has_triton() else "no Triton for this GPU here"
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        return "no C++ compiler"
+    return ""
+
+
 def start_compiler(function):
-    """function through torch.compile; on MPS, where it is not ready, the function itself."""
-    if default_device().type == "mps":
-        print(f"compile: {function.__qualname__} runs eager (not on MPS)")
-        chosen["compiled"] = False
-        return function
+    """function through torch.compile, or the function itself where nothing can be compiled."""
+    if reason := no_compiler(default_device()):
+        return eager(function, reason)
     from torch._inductor import config
     # Choose no kernel by timing it, so that two runs use the same ones. On CUDA it costs time, and
     # attention adds gradients in any order there.
@@ -374,6 +387,13 @@ def start_compiler(function):
     config.cpp.vec_isa_ok = True        # trust the CPU's flags: trying them takes 12 s
     config.aot_inductor.enable_line_tables = False      # no line numbers for a debugger: 1 s less
     return torch.compile(function, dynamic=False)
+
+
+def eager(function, reason):
+    """The function, which is not compiled for that reason."""
+    print(f"compile: {function.__qualname__} runs eager ({reason})")
+    chosen["compiled"] = False
+    return function
 
 
 def compiled(function):
@@ -396,12 +416,7 @@ def compiled(function):
         except torch._dynamo.exc.ShortenTraceback as error:
             if out_of_memory(error):
                 raise
-            reason = type(getattr(error, "inner_exception", error)).__name__
-            if not shutil.which("c++"):
-                reason = "no C++ compiler"
-            print(f"compile: {function.__qualname__} runs eager ({reason})")
-            chosen["compiled"] = False
-            call = function
+            call = eager(function, type(getattr(error, "inner_exception", error)).__name__)
             return function(*arguments)
     return wrapper
 

@@ -301,6 +301,21 @@ def test_a_card_that_triton_does_not_serve_runs_eager_and_says_so_once(monkeypat
     assert capsys.readouterr().out.count("runs eager (GPUTooOldForTriton)") == 1
 
 
+def test_without_a_compiler_it_runs_eager_and_says_why(monkeypatch, capsys):
+    from torch._inductor import config
+    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
+    monkeypatch.setitem(machine.chosen, "compiled", True)
+    double = machine.compiled(lambda x: 2 * x)
+    assert (double(3), double(4)) == (6, 8)
+    assert capsys.readouterr().out.count("runs eager (no C++ compiler)") == 1
+    assert machine.chosen["compiled"] is False
+
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)    # so on Windows
+    assert "no Triton" in machine.no_compiler(CUDA)
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    assert machine.no_compiler(CUDA) == ""
+
+
 def test_memory_that_ends_while_compiling_is_not_taken_for_a_missing_compiler(monkeypatch):
     error = BackendCompilerFailed(len, torch.OutOfMemoryError("CUDA out of memory"), None)
     monkeypatch.setattr(torch, "compile", failing(error))
