@@ -303,10 +303,10 @@ def test_a_card_that_triton_does_not_serve_runs_eager_and_says_so_once(monkeypat
 
 def test_without_a_compiler_it_runs_eager_and_says_why(monkeypatch, capsys):
     from torch._inductor import config
-    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
     monkeypatch.setitem(machine.chosen, "compiled", True)
     double = machine.compiled(lambda x: 2 * x)
-    assert (double(3), double(4)) == (6, 8)
+    with config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        assert (double(3), double(4)) == (6, 8)
     assert capsys.readouterr().out.count("runs eager (no C++ compiler)") == 1
     assert machine.chosen["compiled"] is False
 
