@@ -250,6 +250,16 @@ def busy(log, usual):
     return (f"; {log['name']} has {steps} steps instead of {statistics.median(counts):.0f}: unless "
             "the idea slows a step down, the machine was busy, so delete this log and run again")
 
+
+def other_kernels(log, usual):
+    """A warning if a run had another attention than those in `usual`; else an empty text."""
+    named = [each["attention"] for each in usual if "attention" in each]
+    attention = log.get("attention")
+    if not named or attention in (None, named[-1]):
+        return ""
+    return (f"; {log['name']} ran with the attention {attention} instead of {named[-1]}: unless "
+            "the idea changes that, run uv run prepare.py, delete this log and run again")
+
 # ------------------------------------------------------------------------------------------------
 # The program
 
@@ -289,7 +299,7 @@ def decision(session, folder, commit):
         words += "; or keep if the code got simpler"
     usual = logs(folder, kept.commit)
     for log in logs(folder, commit) + (usual[-1:] if theirs else []):
-        words += busy(log, usual)
+        words += busy(log, usual) + other_kernels(log, usual)
     return result, words
 
 
@@ -316,7 +326,7 @@ def wave_decision(session, folder, commit):
         words += "; or keep if the code got simpler"
     usual = logs(folder, kept.commit)
     for log in logs(folder, commit):
-        words += busy(log, usual)
+        words += busy(log, usual) + other_kernels(log, usual)
     return result, words
 
 

@@ -281,6 +281,21 @@ def test_a_busy_machine(write, log, answer):
     assert f"run-{KEPT}-43-240005.log has 500 steps" in answer()[0]
 
 
+def test_a_run_with_another_attention_than_the_kept_commit(write, log, answer):
+    write(*BASELINE)
+    log(KEPT, 42, 1.299, 9, attention="FlashAttention-3")
+    log(IDEA, 42, 1.298, 1, attention="FlashAttention-3")
+    assert "attention" not in answer()[0]
+    log(IDEA, 42, 1.298, 1, attention="FlashAttention-3, not compiled")
+    assert "ran with the attention FlashAttention-3, not compiled instead of" in answer()[0]
+    log(IDEA, 42, 1.298, 1, attention="varlen_attn")
+    said = answer()[0]
+    assert "ran with the attention varlen_attn instead of FlashAttention-3: unless" in said
+    log(IDEA, 42, 1.298, 1)                 # of a version whose summary names none
+    assert "attention" not in answer()[0]
+
+
+
 def test_without_results(folder, answer):
     assert answer() == ("there is no results.tsv: make it as program.md says (Setup)", 1)
 
