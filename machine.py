@@ -171,35 +171,45 @@ def evaluation_positions(device, vocab_size):
 # ------------------------------------------------------------------------------------------------
 # Precision and peak
 
-def measured_peak(device, dtype, size=2048):
-    """FLOP/s of the best of eight square matmuls."""
+def measured_peak(device, dtype, size=None):
+    """FLOP/s of square matmuls, at the best of eight times."""
+    size = size or {"cuda": 8192, "mps": 4096, "cpu": 2048}[device.type]    # enough to fill it
+    products = 1 if device.type == "cpu" else 10        # queued, so that no launch is waited for
     a = torch.randn(size, size, device=device, dtype=dtype)
     best = math.inf
     for _ in range(8):
+        synchronize(device)
         start = time.perf_counter()
-        (a @ a)[0, 0].item()        # item() waits for the device
+        for _ in range(products):
+            a @ a
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    return 2 * size**3 * products / best
 
 
 def compute_dtype(device):
     """
-    The dtype of matmuls. bfloat16 on CUDA from Ampere on, and on a CPU if it is clearly faster
-    there: some CPUs have the instructions and are slower with them, most others 50 times slower.
+    The dtype of matmuls. bfloat16 on NVIDIA from Ampere on, float32 on MPS: in half precision
+    torch's attention reads ahead there (pytorch#195910). Elsewhere 16 bits if they are clearly
+    faster: some CPUs and AMD GPUs have no fast bfloat16, and Turing has tensor cores for float16.
     """
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    elif device.type == "cpu":
-        float32, bfloat16 = (measured_peak(device, dtype, 512)
-                             for dtype in (torch.float32, torch.bfloat16))
-        fast = bfloat16 > 1.2 * float32
-    else:
-        fast = False
-    return torch.bfloat16 if fast else torch.float32
+    if device.type == "mps":
+        return torch.float32
+    half = torch.bfloat16
+    if device.type == "cuda" and not torch.version.hip:
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return half
+        half = torch.float16
+    size = 512 if device.type == "cpu" else 2048
+    faster = measured_peak(device, half, size) > 1.2 * measured_peak(device, torch.float32, size)
+    return half if faster else torch.float32
 
 
-# Dense bfloat16 FLOP/s with float32 accumulation, from NVIDIA's data sheets. Keys: parts of names.
+# Dense bfloat16 FLOP/s with float32 accumulation, from the makers' data sheets. Keys: parts of
+# names. An MI250X is two devices for torch.
 PEAK_FLOPS = {
+    "MI210": 181e12, "MI250": 181e12, "MI250X": 191.5e12, "MI300A": 980.6e12, "MI300X": 1307.4e12,
+    "MI325X": 1307.4e12, "MI350X": 2306.9e12, "MI355X": 2516.6e12, "B300": 2250e12,
     "B200": 2250e12, "H200": 989e12, "H100": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
     "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "GB10": 125e12,
     "RTX PRO 6000": 503e12, "RTX 6000 Ada": 364e12, "RTX A6000": 155e12,
@@ -328,21 +338,22 @@ def try_attention(attend, device):
                 raise ValueError(f"with a window of {window} it is {error:.0%} off")
 
 
-def choose_attention(device):
-    """The fastest attention that works on this device, and whether a window makes it cheaper."""
+def choose_attention(device, dtype):
+    """
+    The fastest attention that works on this device for queries of this dtype, and whether a window
+    makes it cheaper.
+    """
     if device.type == "cpu":
         print("attention: blockwise, sliding windows")
         chosen["attention"] = "blockwise"
         return blockwise, True
-    capability = (0, 0)
-    reason = f"on {device.type}"
+    reason = f"{dtype} on {device.type}"
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        reason = f"CUDA capability {capability[0]}.{capability[1]}"
+        reason = f"{dtype} on {torch.cuda.get_device_name(device)}"
     candidates = []
     if is_hopper(device):
         candidates.append(("FlashAttention-3", flash3))
-    if capability >= (8, 0):
+    if device.type == "cuda" and dtype == torch.bfloat16:
         candidates.append(("varlen_attn", lambda: varlen))
     for name, load in candidates:
         try:

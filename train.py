@@ -364,8 +364,8 @@ POLAR_EXPRESS = (           # coefficients a, b, c of five steps: arXiv 2505.169
 def orthogonalize(g, dtype=torch.float32):
     """The semi-orthogonal matrices nearest to g (N, rows, columns): singular values near 1."""
     tall = g.size(-2) > g.size(-1)
-    x = (g.mT if tall else g).to(dtype)
-    x = x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)
+    x = g.mT if tall else g
+    x = (x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)).to(dtype)
     for a, b, c in POLAR_EXPRESS:                           # x <- a x + (b s + c s s) x
         s = x @ x.mT
         polynomial = torch.baddbmm(s, s, s, beta=b, alpha=c)
@@ -511,7 +511,7 @@ def set_schedule(optimizer, h, step, progress):
 def build(h, context, device):
     """The model, initialized, and its optimizer."""
     dtype = machine.compute_dtype(device)
-    attend, windowed = machine.choose_attention(device)
+    attend, windowed = machine.choose_attention(device, dtype)
     model = GPT(h, context, dtype, attend, windowed).to(device)
     model.init_weights()
     return model, make_optimizer(model, h)
@@ -523,25 +523,29 @@ def main():
         model, optimizer = build(h, run.context, run.device)
         num_params = sum(p.numel() for p in model.parameters())
         print(f"model: {num_params / 1e6:.1f}M parameters, matmuls in {model.dtype}")
+        # In float16 small gradients would vanish; elsewhere the scaler does nothing.
+        scaler = torch.amp.GradScaler(run.device.type, enabled=model.dtype == torch.float16)
 
         def dummy_step(x, y):
-            model(x, y).backward()
-            optimizer.step()
+            scaler.scale(model(x, y)).backward()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad()
 
         # Before the clock starts: compile on random tokens, halve the rows until they fit in
         # memory, put model and optimizer back as they were.
-        rows = run.warmup(dummy_step, h.device_batch_size, model, optimizer)
+        rows = run.warmup(dummy_step, h.device_batch_size, model, optimizer, scaler)
         grad_accum_steps = h.grad_accum_steps * h.device_batch_size // rows
 
         step, train_loss = 0, 0.0
         for micro_step, (x, y) in enumerate(run.batches(rows), start=1):   # until time is up
             loss = model(x, y) / grad_accum_steps
-            loss.backward()
+            scaler.scale(loss).backward()
             train_loss += loss.detach()
             if micro_step % grad_accum_steps == 0:
                 set_schedule(optimizer, h, step, run.progress)
-                optimizer.step()
+                scaler.step(optimizer)
+                scaler.update()
                 optimizer.zero_grad()
                 run.log(step, train_loss)
                 step += 1

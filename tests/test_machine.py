@@ -91,12 +91,12 @@ def test_varlen_is_the_dense_attention(monkeypatch, window):
     assert_close(machine.varlen(q, k, v, window), dense_attention(q, k, v, window))
 
 
-def choose(monkeypatch):
+def choose(monkeypatch, dtype=torch.bfloat16):
     """choose_attention on a CUDA device, its trial on the CPU, in float32."""
     randn = torch.randn
     with monkeypatch.context() as patch:
         patch.setattr(torch, "randn", lambda *size, device, dtype, **more: randn(*size, **more))
-        return machine.choose_attention(CUDA)
+        return machine.choose_attention(CUDA, dtype)
 
 
 def broken(*_, **__):
@@ -143,15 +143,15 @@ def test_a_kernel_that_computes_something_else_is_not_used(varlen, window, card,
     ((8, 0), "pass", reference_varlen, VARLEN, ""),     # A100: FlashAttention-3 is for Hopper alone
     ((8, 9), None, reference_varlen, VARLEN, ""),
     ((12, 0), None, reference_varlen, VARLEN, ""),
-    ((12, 0), None, broken, SDPA + " (CUDA capability 12.0)", "no varlen_attn here"),
-    ((7, 5), "pass", reference_varlen, SDPA + " (CUDA capability 7.5)", "")])
+    ((12, 0), None, broken, SDPA + " (torch.bfloat16 on NVIDIA H100", "no varlen_attn here"),
+    ((7, 5), "pass", reference_varlen, SDPA + " (torch.float16 on NVIDIA H100", "")])
 def test_every_choice_of_attention(capability, local, varlen, chosen, says,
                                    hub, card, monkeypatch, capsys):
     card(capability)
     if local:
         hub(local)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
-    attend, skips = choose(monkeypatch)
+    attend, skips = choose(monkeypatch, torch.bfloat16 if capability[0] > 7 else torch.float16)
     printed = capsys.readouterr().out
     assert f"attention: {chosen}" in printed and says in printed
     assert printed.count("\n") == 1 + printed.count("here (")
@@ -162,37 +162,131 @@ def test_every_choice_of_attention(capability, local, varlen, chosen, says,
 
 
 def test_attention_without_cuda(capsys):
-    assert machine.choose_attention(torch.device("mps")) == (machine.sdpa, False)
-    assert "scaled_dot_product_attention (on mps)" in capsys.readouterr().out
-    assert machine.choose_attention(torch.device("cpu")) == (machine.blockwise, True)
+    float32 = torch.float32
+    assert machine.choose_attention(torch.device("mps"), float32) == (machine.sdpa, False)
+    assert "scaled_dot_product_attention (torch.float32 on mps)" in capsys.readouterr().out
+    assert machine.choose_attention(torch.device("cpu"), float32) == (machine.blockwise, True)
     assert "blockwise" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("device,capability,dtype", [
-    ("cuda", (8, 0), torch.bfloat16),
-    ("cuda", (12, 1), torch.bfloat16),
-    ("cuda", (7, 5), torch.float32),
-    ("mps", None, torch.float32)])
-def test_precision(device, capability, dtype, card):
+FLOAT16, FLOAT32, BFLOAT16 = torch.float16, torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize("device,capability,hip,peaks,dtype", [
+    ("cuda", (8, 0), None, {}, BFLOAT16),               # from Ampere on, without measuring
+    ("cuda", (12, 1), None, {}, BFLOAT16),
+    ("cuda", (7, 5), None, {FLOAT16: 25, FLOAT32: 6}, FLOAT16),             # T4
+    ("cuda", (7, 5), None, {FLOAT16: 6, FLOAT32: 6}, FLOAT32),
+    ("cuda", (9, 4), "7.1", {BFLOAT16: 600, FLOAT32: 90}, BFLOAT16),        # MI300X
+    ("cuda", (10, 3), "7.1", {BFLOAT16: 20, FLOAT32: 22}, FLOAT32),         # RDNA2
+    ("mps", None, None, {}, FLOAT32),
+    ("cpu", None, None, {BFLOAT16: 0.35, FLOAT32: 0.15}, BFLOAT16),
+    ("cpu", None, None, {BFLOAT16: 0.17, FLOAT32: 0.15}, FLOAT32),
+    ("cpu", None, None, {BFLOAT16: 0.003, FLOAT32: 0.15}, FLOAT32)])
+def test_precision_is_the_fastest_that_is_safe(device, capability, hip, peaks, dtype, card,
+                                               monkeypatch):
     card(capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(machine, "measured_peak", lambda device, dtype, size: peaks[dtype])
     assert machine.compute_dtype(torch.device(device)) == dtype
 
 
-@pytest.mark.parametrize("bfloat16,dtype", [
-    (350e9, torch.bfloat16), (170e9, torch.float32), (3e9, torch.float32)])
-def test_precision_of_a_cpu_is_the_faster_one(bfloat16, dtype, monkeypatch):
-    peaks = {torch.bfloat16: bfloat16, torch.float32: 150e9}
-    monkeypatch.setattr(machine, "measured_peak", lambda device, dtype, size: peaks[dtype])
-    assert machine.compute_dtype(torch.device("cpu")) == dtype
+class Batches:
+    """A prepare.Run that hands out three batches of made-up tokens."""
+    device, context, progress = torch.device("cpu"), 64, 0.0
+
+    def __init__(self, vocab_size):
+        self.vocab_size = vocab_size
+
+    def __enter__(self):
+        torch.manual_seed(0)
+        return self
+
+    def warmup(self, step, rows, *things):
+        self.things = things
+        return rows
+
+    def batches(self, rows):
+        for _ in range(3):
+            yield torch.randint(self.vocab_size - 1, (2, rows, self.context)).unbind()
+
+    def ignore(self, *_, **__):
+        pass
+
+    __exit__ = log = evaluate_bpb = report = ignore
+
+
+def test_in_float16_the_loss_is_scaled_and_the_gradients_are_not(cache, monkeypatch):
+    """The optimizer of the real loop gets the gradients of float32, but for float16's digits."""
+    def gradients(dtype, enabled):
+        found, scales = [], []
+
+        class Optimizer(train.MuonAdamW):
+            def step(self):
+                found.append([p.grad.clone() for group in self.param_groups
+                              for p in group["params"]])
+
+        class Scaler(torch.amp.GradScaler):
+            def update(self):
+                assert self.is_enabled() == enabled
+                scales.append(self.get_scale())
+                super().update()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(machine, "compute_dtype", lambda device: dtype)
+            patch.setattr(train, "MuonAdamW", Optimizer)
+            patch.setattr(torch.amp, "GradScaler", Scaler)
+            train.main()
+        assert len(found) == 3 and scales == 3 * [2.0**16 if enabled else 1.0]
+        return found
+
+    small = recipe("tinystories", vocab_size=256, depth=2, width=64, device_batch_size=2)
+    monkeypatch.setitem(train.RECIPES, "sotu", vars(small))
+    monkeypatch.setattr(prepare, "Run", Batches)
+    for a, b in zip(gradients(torch.float16, True), gradients(torch.float32, False)):
+        for found, expected in zip(a, b):
+            assert (found - expected).norm() <= 0.02 * expected.norm() + 1e-6
+
+
+def test_amd_cards_without_fast_bfloat16_get_no_flash_attention(card, monkeypatch):
+    """Their capability, (10, 3) for RDNA2, would be Ampere's on NVIDIA."""
+    card((10, 3), "AMD Radeon RX 6800")
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", reference_varlen)
+    assert choose(monkeypatch, FLOAT32) == (machine.sdpa, False)
+    card((9, 4), "AMD Instinct MI300X")     # which is no Hopper either
+    assert choose(monkeypatch, BFLOAT16)[0] is machine.varlen
+
+
+def test_the_measured_peak_counts_every_product(monkeypatch):
+    """A clock that a product moves by 1 ms, and a wait by another: 10 products in 11 ms at most."""
+    now = [0.0]
+
+    class Square:
+        def __matmul__(self, other):
+            now[0] += 1e-3
+
+    def wait(device):
+        now[0] += 1e-3
+
+    sizes = []
+    monkeypatch.setattr(torch, "randn", lambda *size, **_: sizes.append(size) or Square())
+    monkeypatch.setattr(machine, "synchronize", wait)
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: now[0])
+    assert machine.measured_peak(CUDA, FLOAT32) == pytest.approx(10 * 2 * 8192**3 / 11e-3)
+    assert machine.measured_peak(CUDA, FLOAT32, 2048) == pytest.approx(10 * 2 * 2048**3 / 11e-3)
+    assert machine.measured_peak(torch.device("cpu"), FLOAT32) == pytest.approx(2048**3 / 1e-3)
+    assert sizes == [(8192, 8192), (2048, 2048), (2048, 2048)]
 
 
 def test_the_peak_of_a_card_is_that_of_the_longest_name_that_fits(card, monkeypatch):
     monkeypatch.setattr(machine, "measured_peak", lambda device, dtype: 1.5e12)
     peaks = []
-    for name in ("NVIDIA H100 PCIe", "NVIDIA GeForce RTX 4090 Laptop GPU", "Some Card 9000"):
+    for name in ("NVIDIA H100 PCIe", "NVIDIA GeForce RTX 4090 Laptop GPU", "Some Card 9000",
+                 "AMD Instinct MI250X", "AMD Instinct MI300X"):
         card(name=name)
         peaks.append(machine.peak_flops(CUDA, torch.bfloat16))
-    assert peaks == [756e12, 1.5e12, 1.5e12]
+    assert peaks == [756e12, 1.5e12, 1.5e12, 191.5e12, 1307.4e12]
 
 
 def flash_like(q, k, v, window):
