@@ -2,6 +2,8 @@
 
 import hashlib
 import http.server
+import random
+import shutil
 import threading
 
 import pyarrow
@@ -9,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 import prepare
-from children import program
+from children import ROOT, copy_programs, program
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -115,15 +117,20 @@ def test_a_web_page_instead_of_parquet_is_refused(server, tmp_path):
     assert not (tmp_path / "a.parquet").exists()
 
 
+def parquet(texts):
+    """The bytes of a parquet file of several row groups."""
+    sink = pyarrow.BufferOutputStream()
+    table = pyarrow.table({"text": texts})
+    pyarrow.parquet.write_table(table, sink, row_group_size=256, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
 def test_climbmix_end_to_end_from_a_local_server(server, tmp_path, monkeypatch, capsys):
     """Shards, pinned validation and test, row groups: with the real reader and tokenizer."""
     monkeypatch.setattr(prepare, "CACHE", tmp_path)
     for number in (0, 1, prepare.CLIMBMIX_LAST - 1, prepare.CLIMBMIX_LAST):
         texts = [f"document {i} of shard {number}, which says little. " * 5 for i in range(700)]
-        table = pyarrow.table({"text": texts})
-        sink = pyarrow.BufferOutputStream()
-        pyarrow.parquet.write_table(table, sink, row_group_size=256, compression="zstd")
-        server.files[f"/shard_{number:05d}.parquet"] = sink.getvalue().to_pybytes()
+        server.files[f"/shard_{number:05d}.parquet"] = parquet(texts)
     dataset = prepare.Dataset("climbmix", 2048, 300, "climbmix", server.url, eval_bytes=2_000_000)
     server.faults = [503, "cut"]
     assert prepare.prepare(dataset, 300, 2, 2, "uv run prepare.py")
@@ -143,6 +150,37 @@ def test_climbmix_end_to_end_from_a_local_server(server, tmp_path, monkeypatch, 
     requests = len(server.ranges)
     assert not prepare.prepare(chosen, 300, None, 2, "uv run prepare.py")
     assert len(server.ranges) == requests
+
+
+def test_tinystories_from_a_local_server_to_its_number(server, tmp_path, monkeypatch):
+    """Test, validation and training are ranges of rows of one file; then a run of a second."""
+    cache, clone = tmp_path / "cache", tmp_path / "clone"
+    monkeypatch.setattr(prepare, "CACHE", cache)
+    monkeypatch.setattr(prepare, "TINYSTORIES_HELD_OUT", 300)
+    monkeypatch.setattr(prepare, "TINYSTORIES_ROWS", 500)
+    letters = random.Random(0)
+    words = ["".join(letters.choices("aeilmnorst", k=6)) for _ in range(200)]
+    stories = [f"Once there was {' '.join(letters.choices(words, k=5 + i % 90))}."
+               for i in range(1600)]
+    server.files["/tinystories_gpt4_clean.parquet"] = parquet(stories)
+    dataset = prepare.Dataset("tinystories", 512, 400, "tinystories", server.url, 400_000)
+    assert prepare.prepare(dataset, 400, 3, 2, "uv run prepare.py")
+
+    folder = prepare.folder_of(dataset, 400)
+    manifest = prepare.read_json(folder / "manifest.json")
+    tokenizer = prepare.load_tokenizer(folder)
+    for name, row in ("test", 0), ("val", 300), ("train-00000", 600), ("train-00001", 1100):
+        tokens, offsets = prepare.open_shard(folder, name, manifest[name])
+        assert tokenizer.decode(tokens[:offsets[1]].tolist()) == stories[row]
+    assert manifest["train-00001"]["documents"] == 500      # and none in the third
+
+    clone.mkdir()
+    copy_programs(clone)
+    shutil.copy(ROOT / "tests" / "small.py", clone / "train.py")
+    result = program("train.py", cwd=clone, AUTORESEARCH_CACHE_DIR=cache,
+                     AUTORESEARCH_TIME_BUDGET=1)
+    assert result.returncode == 0 and "dataset:          tinystories" in result.stdout, (
+        result.stdout)
 
 
 def test_source_url_end_to_end(server, tmp_path):
