@@ -3,11 +3,13 @@ What this machine can do, and what a run makes of it.
 
     uv run benchmark.py                 # minutes; let nothing else run beside it
     uv run benchmark.py --grid          # and how cost grows with the shape of the model
+    uv run benchmark.py --counts        # no timings: what a step on CUDA costs, counted without it
 
 Timings are medians; ratios are of figures measured in the same run.
 """
 
 import argparse
+import importlib.util
 import os
 import re
 import statistics
@@ -15,15 +17,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
+from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import machine
 import prepare
 import referee
 import train
+
+# ------------------------------------------------------------------------------------------------
+# Timings
 
 
 def median_seconds(function, times=9):
@@ -149,10 +159,133 @@ def grid(h, device, float32):
             print(f"  {name + ' ' + str(value):<16}{tokens:>10,.0f} tokens/s {mfu:>6}", flush=True)
 
 
+# ------------------------------------------------------------------------------------------------
+# Counts: kernels that a step on CUDA launches, and bytes that they read and write
+
+NO_KERNEL = "empty", "empty_strided", "is_pinned", "detach", "device"
+
+
+class Counter(TorchDispatchMode):
+    """
+    Counts a kernel for each operation that runs eager, and for each group of operations that
+    torch's compiler fuses; its bytes are those of all inputs and outputs. On fake CPU tensors, so
+    it is the fusion for a CPU that is counted.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.kernels = self.bytes = 0
+        self.compiled = False           # whether it is a compiled graph that runs
+
+    @classmethod
+    def is_infra_mode(cls):
+        return True                     # torch compiles nothing inside other modes
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        name = function.__name__.split(".")[0]
+        if not (self.compiled or function.is_view or name in NO_KERNEL):
+            self.kernels += 1
+            for x in tree_leaves((arguments, options, result)):
+                if isinstance(x, torch.Tensor):
+                    self.bytes += x.numel() * x.element_size()
+        return result
+
+    def compile(self, function):
+        """The function, compiled into graphs that count themselves when they are called."""
+        from torch._inductor.compile_fx import compile_fx
+
+        def backend(graph, inputs):
+            return compile_fx(graph, inputs, inner_compile=self.counting)
+        return torch.compile(function, dynamic=False, backend=backend)
+
+    def counting(self, graph, inputs, is_inference=False, is_backward=False, **_):
+        """For the compiler's last stage: fuse and count, but leave the graph as it is."""
+        from torch._functorch.aot_autograd import make_boxed_func
+        from torch._guards import detect_fake_mode
+        from torch._inductor.compile_fx import record_original_output_strides
+        from torch._inductor.debug import DebugContext
+        from torch._inductor.graph import GraphLowering
+        from torch._inductor.virtualized import V
+
+        record_original_output_strides(graph)
+        lowered = GraphLowering(graph, is_inference=is_inference, is_backward=is_backward)
+        with (unset_fake_temporarily(), V.set_fake_mode(detect_fake_mode(inputs)),
+              V.set_debug_handler(DebugContext()), V.set_graph_handler(lowered),
+              V.set_extern_kernel_nodes([])):
+            lowered.run(*inputs)
+            lowered._update_scheduler()
+            nodes = lowered.scheduler.nodes
+            bytes_moved = sum(node.get_read_write_buffers_sizes() for node in nodes)
+
+        def call(*arguments):
+            self.kernels += len(nodes)
+            self.bytes += bytes_moved
+            self.compiled = True
+            try:
+                return graph(*arguments)
+            finally:
+                self.compiled = False
+        return make_boxed_func(call)
+
+
+@contextmanager
+def as_on_cuda(counter):
+    """train.py as a module that compiles and computes, on fake CPU tensors, as on CUDA."""
+    spec = importlib.util.spec_from_file_location("train_on_cuda", train.__file__)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    with patch.object(machine, "default_device", lambda: torch.device("cuda")):
+        spec.loader.exec_module(module)     # its decorators ask for the device
+
+    def look_up(table, ids, dtype):
+        return F.embedding(ids, table.weight.to(dtype))
+
+    with (FakeTensorMode(), patch.object(machine, "start_compiler", counter.compile),
+          patch.dict(machine.CHUNK_LOGITS, cpu=machine.CHUNK_LOGITS["cuda"]),
+          patch.object(module, "look_up", look_up)):
+        yield module
+
+
+def counts(name):
+    """(kernels, bytes) of a step of a recipe by part, and of showing 65,536 tokens for val_bpb."""
+    h, context = argparse.Namespace(**train.RECIPES[name]), prepare.DATASETS[name].context
+    counter, found = Counter(), {}
+
+    def part(name, function, *arguments):
+        counter.kernels = counter.bytes = 0
+        with counter:
+            result = function(*arguments)
+        found[name] = counter.kernels, counter.bytes
+        return result
+
+    with as_on_cuda(counter) as module:
+        model = module.GPT(h, context, torch.bfloat16, machine.varlen, True)
+        optimizer = module.make_optimizer(model, h)
+        ids = torch.zeros(h.device_batch_size, context, dtype=torch.int64)
+        for _ in range(2):              # the first one also makes gradients and states
+            loss = part("forward", model, ids, ids)
+            part("backward", loss.backward)
+            part("optimizer", optimizer.step)
+        with torch.no_grad():
+            part("evaluation", model.eval(), ids.new_zeros(2**16 // context, context))
+    return found
+
+
+def print_counts():
+    for name in "climbmix", "tinystories":
+        h, context = train.RECIPES[name], prepare.DATASETS[name].context
+        print(f"{name}, {h['device_batch_size'] * context:,} tokens in bfloat16")
+        for part, (kernels, bytes_moved) in counts(name).items():
+            print(f"  {part:<12}{kernels:>6} kernels {bytes_moved / 1e9:>8.2f} GB")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--grid", action="store_true", help="also the table of shapes")
+    parser.add_argument("--counts", action="store_true", help="only the counts of a step on CUDA")
     arguments = parser.parse_args()
+    if arguments.counts:
+        return print_counts()
     dataset, device = prepare.chosen_dataset(), prepare.default_device()
     h = argparse.Namespace(**train.RECIPES[dataset.recipe])
     dtype = machine.compute_dtype(device)
