@@ -151,12 +151,13 @@ SPLIT_PATTERN = (
 TOKENIZER_BYTES = 100_000_000       # of training text that the tokenizer is trained on, at most
 # Bytes of the validation text and of the test text, at most, by recipe and device, so that
 # evaluating both takes half a minute or less. Padding counts, as `context` bytes a document. Both
-# texts of sotu are smaller than its limit. Measured for sotu on a CPU, estimated for all others.
+# texts of sotu are smaller than its limit. Measured on a CPU and an H100, else counted (dev/log.md).
 EVAL_BYTES = {
-    "climbmix": {"cuda": 6_000_000, "mps": 300_000, "cpu": 60_000},
-    "tinystories": {"cuda": 4_000_000, "mps": 1_500_000, "cpu": 400_000},
-    "sotu": {"cuda": 1_500_000, "mps": 1_500_000, "cpu": 1_500_000},
+    "climbmix": {"cuda": 6_000_000, "small cuda": 2_000_000, "mps": 300_000, "cpu": 60_000},
+    "tinystories": {"cuda": 4_000_000, "small cuda": 2_000_000, "mps": 1_500_000, "cpu": 400_000},
+    "sotu": dict.fromkeys(("cuda", "small cuda", "mps", "cpu"), 1_500_000),
 }
+SMALL_CUDA = 64         # multiprocessors: an L4 has 58 of them, an RTX 4080 76, an H100 132
 
 HUB = "https://huggingface.co/datasets/karpathy"
 CLIMBMIX_LAST = 6542                # number of the last file: validation; the one before is test
@@ -181,6 +182,15 @@ DATASETS = {dataset.name: dataset for dataset in (
     Dataset("tinystories", 512, 4096, "tinystories", f"{HUB}/tinystories-gpt4-clean/resolve/main"),
     Dataset("sotu", 256, 4096, "sotu"),
 )}
+
+
+def device_class():
+    """The key of this device in EVAL_BYTES."""
+    device = default_device()
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return "cuda" if properties.multi_processor_count >= SMALL_CUDA else "small cuda"
+    return device.type
 
 
 def default_dataset():
@@ -642,7 +652,7 @@ def choose(arguments):
     if prepared and prepared.name == dataset.name:
         dataset = prepared          # its shards and its size of the evaluated text are known
     eval_bytes = arguments.eval_bytes or dataset.eval_bytes
-    eval_bytes = eval_bytes or EVAL_BYTES[dataset.recipe][default_device().type]
+    eval_bytes = eval_bytes or EVAL_BYTES[dataset.recipe][device_class()]
     return replace(dataset, eval_bytes=eval_bytes), why
 
 

@@ -1,5 +1,6 @@
 """prepare.py as a program: idempotent, resumable, and one clear sentence for each mistake."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -7,11 +8,13 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 
 import prepare
 import referee
@@ -238,7 +241,18 @@ def test_how_much_is_evaluated_is_chosen_kept_and_does_not_depend_on_the_tokeniz
 @pytest.mark.parametrize("recipe", ["climbmix", "tinystories", "sotu"])
 def test_every_kind_of_device_has_a_size_of_text(recipe):
     sizes = prepare.EVAL_BYTES[recipe]
-    assert sizes["cuda"] >= sizes["mps"] >= sizes["cpu"] > 0
+    assert sizes["cuda"] >= sizes["small cuda"] >= sizes["mps"] >= sizes["cpu"] > 0
+
+
+@pytest.mark.parametrize("device,processors,size", [
+    ("cuda", 132, "cuda"), ("cuda", 76, "cuda"), ("cuda", 58, "small cuda"), ("mps", 0, "mps")])
+def test_small_cards_get_less_text(device, processors, size, monkeypatch):
+    properties = types.SimpleNamespace(multi_processor_count=processors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(prepare, "default_device", lambda: torch.device(device))
+    arguments = argparse.Namespace(dataset="climbmix", source=None, eval_bytes=None)
+    dataset, _ = prepare.choose(arguments)
+    assert dataset.eval_bytes == prepare.EVAL_BYTES["climbmix"][size]
 
 
 def test_sotu_is_evaluated_whole(whole_cache):
