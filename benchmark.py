@@ -32,6 +32,13 @@ import prepare
 import referee
 import train
 
+
+def recipe(dataset):
+    """The hyperparameters that train.py takes for a dataset."""
+    h = argparse.Namespace(**train.RECIPES[dataset.recipe])
+    h.vocab_size = h.vocab_size or dataset.vocab_size
+    return h
+
 # ------------------------------------------------------------------------------------------------
 # Timings
 
@@ -248,7 +255,8 @@ def as_on_cuda(counter):
 
 def counts(name):
     """(kernels, bytes) of a step of a recipe by part, and of showing 65,536 tokens for val_bpb."""
-    h, context = argparse.Namespace(**train.RECIPES[name]), prepare.DATASETS[name].context
+    dataset = prepare.DATASETS[name]
+    h, context = recipe(dataset), dataset.context
     counter, found = Counter(), {}
 
     def part(name, function, *arguments):
@@ -273,8 +281,9 @@ def counts(name):
 
 def print_counts():
     for name in "climbmix", "tinystories":
-        h, context = train.RECIPES[name], prepare.DATASETS[name].context
-        print(f"{name}, {h['device_batch_size'] * context:,} tokens in bfloat16")
+        dataset = prepare.DATASETS[name]
+        tokens = recipe(dataset).device_batch_size * dataset.context
+        print(f"{name}, {tokens:,} tokens in bfloat16")
         for part, (kernels, bytes_moved) in counts(name).items():
             print(f"  {part:<12}{kernels:>6} kernels {bytes_moved / 1e9:>8.2f} GB")
 
@@ -287,7 +296,7 @@ def main():
     if arguments.counts:
         return print_counts()
     dataset, device = prepare.chosen_dataset(), prepare.default_device()
-    h = argparse.Namespace(**train.RECIPES[dataset.recipe])
+    h = recipe(dataset)
     dtype = machine.compute_dtype(device)
 
     float32, compute = peak(device, torch.float32), peak(device, dtype)

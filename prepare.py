@@ -5,7 +5,7 @@ research.
 As a program it makes the data, once: seconds for the embedded corpus, minutes for a download.
 
     uv run prepare.py [--dataset NAME] [--source PATH_OR_URL] [--num-shards N] [--vocab-size N]
-                      [--eval-bytes N] [--workers N]
+                      [--eval-bytes N] [--workers N] [--skip-unreadable]
 
 As a module it is what train.py talks to. `import prepare` starts the referee (referee.py), a
 process that alone has the texts, the clock and the journal, and has the kernel seal this process
@@ -31,6 +31,8 @@ import json
 import math
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,7 +46,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlparse
 
-from seal import TEXT_KINDS, seal
+from seal import seal
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the environment variables of the README
@@ -170,7 +172,7 @@ TINYSTORIES_SHARDS = 11             # at most: they reach the end of its 2,732,6
 class Dataset:
     name: str
     context: int            # tokens in a row, in training and in evaluation
-    vocab_size: int         # of the tokenizer, unless --vocab-size names another
+    vocab_size: int         # of the tokenizer that train.py takes unless it names another
     recipe: str             # the hyperparameters in train.py that suit it
     url: str = ""           # of its files, or the path of your own text
     eval_bytes: int = 0     # of the validation text and of the test text, at most
@@ -463,68 +465,32 @@ def sotu(dataset, num_shards, workers, command):
     return {name: partial(iter, documents) for name, documents in shards.items()}
 
 
-def file_documents(path, whole):
-    """The documents of one file of your own text. A .txt is one if `whole`, else its paragraphs."""
-    if path.suffix == ".parquet":
-        yield from parquet_documents(path)
-        return
-    try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        sys.exit(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); "
-                 "convert it or remove it from the source")
-    if "\0" in text:
-        sys.exit(f"{path} contains zero bytes, so it is not text; remove it from the source")
-    if path.suffix == ".jsonl":
-        for number, line in enumerate(text.splitlines(), 1):
-            try:
-                yield json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
-                sys.exit(f"{path}, line {number}: not a JSON object with a key text")
-    elif whole:
-        yield text
-    else:
-        yield from paragraphs(text)
-
-
-def own_text(dataset, num_shards, workers, command):
-    """A twentieth each is validation and test, by a hash of the text: adding files moves none."""
+def own_text(dataset, num_shards, workers, command, skip):
+    """A copy of the text in shards, made once by owntext.py. skip: leave out files without text."""
+    import owntext
     if urlparse(dataset.url).scheme in ("http", "https"):
         [source] = download_all(
             [dataset.url], CACHE / dataset.name / "download", workers, command)
     else:
         source = Path(dataset.url)
+    folder, state = CACHE / dataset.name / "text", state_of(source)
     if not source.exists():
-        sys.exit(f"--source {source}: no such file or folder")
-    whole = source.is_dir()
-    candidates = source.rglob("*") if whole else [source]
-    files = sorted(path for path in candidates if path.suffix in TEXT_KINDS)
-    if not files:
-        sys.exit(f"--source {source}: no {', '.join(TEXT_KINDS)} file found")
-
-    splits = {"train-00000": [], "val": [], "test": []}
-    for path in files:
-        for text in file_documents(path, whole):
-            digest = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()
-            number = int.from_bytes(digest, "big")
-            match number % 20:
-                case 0: splits["val"].append((number, text))
-                case 1: splits["test"].append((number, text))
-                case _: splits["train-00000"].append((number, text))
-    # Only the first of these are evaluated: let them not depend on the names of files.
-    splits["val"].sort()
-    splits["test"].sort()
-
-    shards = {}
-    for name, documents in splits.items():
-        texts = [text for _, text in documents]
-        if not any(texts):
-            total = sum(len(documents) for documents in splits.values())
-            sys.exit(f"--source {source}: {total} documents are too few to set some aside for "
-                     "validation and test; a few hundred will do (in a .txt file given by itself, "
-                     "blank lines separate documents)")
-        shards[name] = partial(iter, texts)
-    return shards
+        sys.exit(owntext.printable(f"--source {source}: no such file or folder"))
+    copied = read_json(folder / "shards.json", {})
+    if copied.get("state") != state:
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            paths = owntext.split(source, folder, skip)
+        except owntext.NoText as error:
+            sys.exit(owntext.printable(
+                f"{error}\nConvert it, remove it from the source, or leave out whatever holds no "
+                "text by --skip-unreadable"))
+        except owntext.TooLittle as error:
+            sys.exit(owntext.printable(error))
+        copied = {"state": state, "names": {name: path.name for name, path in paths.items()}}
+        write_json(folder / "shards.json", copied)
+    return {name: partial(parquet_documents, folder / file)
+            for name, file in copied["names"].items()}
 
 
 READERS = {"climbmix": climbmix, "tinystories": tinystories, "sotu": sotu}
@@ -548,9 +514,11 @@ def up_to(size, documents):
 def train_tokenizer(documents, vocab_size):
     """The tokens of a byte-pair encoding, without BOS: their bytes, in the order of their ranks."""
     import rustbpe
+    from owntext import cut_spaces
     tokenizer = rustbpe.Tokenizer()
-    sample = up_to(TOKENIZER_BYTES, documents)
-    tokenizer.train_from_iterator(sample, vocab_size - 1, pattern=SPLIT_PATTERN)
+    sample = map(cut_spaces, up_to(TOKENIZER_BYTES, documents))
+    pieces = itertools.chain.from_iterable(sample)
+    tokenizer.train_from_iterator(pieces, vocab_size - 1, pattern=SPLIT_PATTERN)
     by_rank = sorted((rank, bytes(token)) for token, rank in tokenizer.get_mergeable_ranks())
     tokens = [token for _, token in by_rank]
     if len(tokens) != vocab_size - 1:
@@ -591,8 +559,12 @@ def evaluated(dataset, documents):
 
 def make_shard(folder, name, documents, tokenizer, workers):
     """Tokenize the documents into a shard and return its entry for the manifest."""
+    from owntext import cut_spaces
+
     def encode(text):
-        return tokenizer.encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+        pieces = [tokenizer.encode_to_numpy(piece, disallowed_special=())
+                  for piece in cut_spaces(text)]
+        return np.concatenate(pieces).astype(np.uint16)
 
     documents = filter(None, documents)                 # an empty one has nothing to train on
     pieces, size = [], 0
@@ -638,7 +610,8 @@ def choose(arguments):
         if "://" not in url:
             url = str(Path(url).expanduser().absolute())
         digest = hashlib.sha256(url.encode()).hexdigest()[:6]
-        own = f"own-{Path(urlparse(url).path).stem}-{digest}"
+        stem = re.sub(r"[^\w.-]", "_", Path(urlparse(url).path).stem)
+        own = f"own-{stem}-{digest}"
         name = arguments.dataset or default_dataset()[0]
         dataset = replace(DATASETS[name], name=own, url=url)
         why = f"--source, with the settings of {name}"
@@ -649,7 +622,7 @@ def choose(arguments):
     else:
         name, reason = default_dataset()
         dataset, why = DATASETS[name], f"{reason}; --dataset chooses another"
-    if prepared and prepared.name == dataset.name:
+    if prepared and prepared.name == dataset.name and arguments.dataset in (None, prepared.recipe):
         dataset = prepared          # its shards and its size of the evaluated text are known
     eval_bytes = arguments.eval_bytes or dataset.eval_bytes
     eval_bytes = eval_bytes or EVAL_BYTES[dataset.recipe][device_class()]
@@ -664,10 +637,12 @@ def state_of(url):
     for path in sorted([Path(url), *Path(url).rglob("*")]):
         if path.is_file():
             stats.append(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}")
-    return hashlib.sha256("\n".join(stats).encode()).hexdigest() if stats else ""
+    if not stats:
+        return ""
+    return hashlib.sha256("\n".join(stats).encode(errors="surrogateescape")).hexdigest()
 
 
-def prepare(dataset, vocab_size, num_shards, workers, command):
+def prepare(dataset, vocab_size, num_shards, workers, command, skip=False):
     """Download, train the tokenizer, tokenize, unless that is done. Returns whether it was not."""
     folder = folder_of(dataset, vocab_size)
     state = state_of(dataset.url)
@@ -687,7 +662,7 @@ def prepare(dataset, vocab_size, num_shards, workers, command):
     if known and num_shards in (None, known) and all(map(is_done, dataset.shards)):
         return False
 
-    reader = READERS.get(dataset.name, own_text)
+    reader = READERS.get(dataset.name) or partial(own_text, skip=skip)
     shards = reader(dataset, num_shards or known or 10, workers, command)
     if not (folder / "tokenizer.b64").exists():
         start = time.monotonic()
@@ -736,6 +711,7 @@ def parse_arguments():
     names, cores = ", ".join(DATASETS), os.cpu_count()
     add("--dataset", metavar="NAME", help=f"{names} (default depends on the device)")
     add("--source", metavar="PATH_OR_URL", help="your own text: .parquet, .jsonl, .txt or a folder")
+    add("--skip-unreadable", action="store_true", help="leave out files of it that hold no text")
     add("--num-shards", metavar="N", type=int, help="of climbmix or tinystories (default 10)")
     add("--vocab-size", metavar="N", type=int, help="make another tokenizer; the others stay")
     add("--eval-bytes", metavar="N", type=int, help="to evaluate (default depends on the device)")
@@ -759,11 +735,14 @@ def main():
         with FileLock(CACHE / "prepare.lock", timeout=0):
             dataset, why = choose(arguments)
             vocab_size = arguments.vocab_size or dataset.vocab_size
+            if not dataset.shards:          # the first vocabulary is the one that train.py takes
+                dataset = replace(dataset, vocab_size=vocab_size)
             if not 257 <= vocab_size <= 2**16:
                 sys.exit(f"--vocab-size {vocab_size} is not between 257 (256 bytes and BOS) "
                          f"and {2**16} (uint16)")
             print(f"dataset: {dataset.name} ({why})")
-            did = prepare(dataset, vocab_size, arguments.num_shards, arguments.workers, command)
+            did = prepare(dataset, vocab_size, arguments.num_shards, arguments.workers, command,
+                          arguments.skip_unreadable)
             fetch_kernel()
     except Timeout:
         sys.exit(f"another prepare.py is running in {CACHE}; wait until it has finished")
@@ -774,6 +753,9 @@ def main():
     except KeyboardInterrupt:
         sys.exit(f"\nstopped; what is done is kept. To continue, run: {command}")
     print(f"{'ready' if did else 'ready, nothing to do'}: {folder_of(dataset, vocab_size)}")
+    if vocab_size != dataset.vocab_size:
+        print(f"train.py takes the vocabulary of {dataset.vocab_size} unless a recipe in it names "
+              f"this one: vocab_size={vocab_size}")
     print("now run: uv run train.py")
 
 # ------------------------------------------------------------------------------------------------
@@ -1045,15 +1027,15 @@ class Run:
     (tokens in a row), vocab_size, bos, seed, budget.
     """
 
-    def __init__(self, vocab_size):
+    def __init__(self, vocab_size=None):
         global BOUNDARY
         self.dataset = chosen_dataset()
         self.device = default_device()
         self.context = self.dataset.context
-        self.vocab_size = vocab_size
-        self.bos = vocab_size - 1
+        self.vocab_size = vocab_size or self.dataset.vocab_size
+        self.bos = self.vocab_size - 1
         self.seed, self.budget = SEED, TIME_BUDGET
-        self.folder = folder_of(self.dataset, vocab_size)
+        self.folder = folder_of(self.dataset, self.vocab_size)
         self.pid = os.getpid()
         self.handed = self.tokens = 0           # batches and tokens handed out
         self.progress = 0.0                     # fraction of the time budget that is over
@@ -1067,7 +1049,7 @@ class Run:
             BOUNDARY = "used"
         self.channel = Channel(reader, writer)
         gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
-        answer = self.ask("start", vocab_size, self.device.type, gpu, torch.__version__)
+        answer = self.ask("start", self.vocab_size, self.device.type, gpu, torch.__version__)
         _, self.device_name, self.prepare_changed = answer
 
     def __enter__(self):

@@ -18,7 +18,9 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-TEXT_KINDS = ".parquet", ".jsonl", ".txt"           # the files of a user's own text
+# The files of a user's own text, and the suffixes that a compressed one has after these.
+TEXT_KINDS = ".parquet", ".jsonl", ".ndjson", ".txt", ".md"
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 OWN_FILES = "prepare.py", "machine.py", "referee.py", "seal.py", ".git"
 
 # ------------------------------------------------------------------------------------------------
@@ -83,6 +85,14 @@ def places_of_text(cache):
     return {place.resolve() for place in places if place.exists()}
 
 
+def text_kind(path):
+    """Which of TEXT_KINDS a file is, whatever case its name is in; empty if none."""
+    name = path.name.lower()
+    for suffix in COMPRESSED:
+        name = name.removesuffix(suffix)
+    return next((kind for kind in TEXT_KINDS if name.endswith(kind)), "")
+
+
 def holds(place, paths):
     """Whether one of the paths is `place` or lies below it."""
     return any(path.is_relative_to(place) for path in paths)
@@ -110,7 +120,7 @@ def hidden_places(cache, work, own, scratch):
         # The user's own text may lie beside what a run needs: hide its files, not the folder.
         if holds(place, needed):
             hidden.remove(place)
-            files = [path for path in place.rglob("*") if path.suffix in TEXT_KINDS]
+            files = [path for path in place.rglob("*") if text_kind(path)]
             hidden |= {path.resolve() for path in files if path.is_file()} - own
     for child in work.iterdir():
         if child not in own and not holds(child, needed):

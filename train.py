@@ -27,7 +27,7 @@ import machine
 
 BASE = dict(
     # Model
-    vocab_size=4096,            # of a tokenizer that prepare.py has made
+    vocab_size=None,            # of a tokenizer that prepare.py has made; None: the dataset's own
     depth=4,                    # blocks
     width=256,                  # of the residual stream
     head_dim=64,                # of each attention head
@@ -73,7 +73,6 @@ def recipe(**overrides):
 RECIPES = {
     # Starts from published runs on an H100; not run here
     "climbmix": recipe(
-        vocab_size=8192,
         depth=9,
         width=640,
         head_dim=128,
@@ -520,6 +519,7 @@ def build(h, context, device):
 def main():
     h = SimpleNamespace(**RECIPES[prepare.chosen_dataset().recipe])
     with prepare.Run(h.vocab_size) as run:
+        h.vocab_size = run.vocab_size
         model, optimizer = build(h, run.context, run.device)
         num_params = sum(p.numel() for p in model.parameters())
         print(f"model: {num_params / 1e6:.1f}M parameters, matmuls in {model.dtype}")

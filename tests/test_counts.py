@@ -1,7 +1,5 @@
 """What a card would have to do, counted without one: kernels, bytes and memory of a step."""
 
-import argparse
-
 import numpy as np
 import pytest
 import torch
@@ -80,7 +78,8 @@ def test_the_evaluation_fits_every_card(card, counts):
     positions = positions_shown(name, "mps" if card == "Apple M1" else "small cuda")
     _, bytes_moved = counts[name]["evaluation"]
     with torch.device("meta"):
-        h, context = argparse.Namespace(**train.RECIPES[name]), prepare.DATASETS[name].context
+        dataset = prepare.DATASETS[name]
+        h, context = benchmark.recipe(dataset), dataset.context
         flops = train.GPT(h, context, torch.bfloat16).flops_per_token(context) / 3
     seconds = positions * (bytes_moved / 2**16 / (1e9 / 3 * bandwidth) + flops / (5e11 * tflops)
                            + 12e-6)
@@ -93,7 +92,8 @@ def test_the_evaluation_takes_a_quarter_of_free_memory_at_most(name, monkeypatch
     """On fake CUDA tensors: a card with 3 GiB free."""
     free, device = 3 * 2**30, torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 4 * 2**30))
-    h, context = argparse.Namespace(**train.RECIPES[name]), prepare.DATASETS[name].context
+    dataset = prepare.DATASETS[name]
+    h, context = benchmark.recipe(dataset), dataset.context
     rows = machine.evaluation_positions(device, h.vocab_size) // context
     tracker = MemTracker()
     with FakeTensorMode(), torch.no_grad():

@@ -5,12 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import prepare
 import train
 
 
 def recipe(name="sotu", **changes):
     """The hyperparameters of a recipe; of sotu's, small ones."""
     h = SimpleNamespace(**train.RECIPES[name])
+    h.vocab_size = prepare.DATASETS[name].vocab_size
     if name == "sotu":
         h.vocab_size, h.depth, h.width, h.head_dim = 64, 2, 64, 32
     for key, value in changes.items():

@@ -135,7 +135,7 @@ def damaged_source(kind, folder):
         case "zeros":
             (source / "a.txt").write_bytes(b"text\0text")
         case "bad json":
-            (source / "a.jsonl").write_text('{"text": "fine"}\n{"words": 1}\n')
+            (source / "a.jsonl").write_text('{"text": "fine"}\n{"words": 1\n')
         case "bad parquet":
             (source / "a.parquet").write_bytes(b"PAR1 this is none PAR1")
         case "no column":
@@ -146,7 +146,7 @@ def damaged_source(kind, folder):
 
 
 @pytest.mark.parametrize("kind,words", [
-    ("empty", "no .parquet, .jsonl, .txt file"),
+    ("empty", "no file of .parquet, .jsonl, .ndjson, .txt, .md found"),
     ("missing", "no such file or folder"),
     ("binary", "a.txt is not UTF-8 text"),
     ("zeros", "zero bytes"),
