@@ -93,17 +93,20 @@ class Step:
         """Medians of forward, backward and optimizer, seconds."""
         parts = []
         for _ in range(times + 3):
-            marks = [time.perf_counter()]
+            marks = [self.now()]
             loss = self.model(self.ids, self.ids)
-            marks.append(time.perf_counter())
+            marks.append(self.now())
             loss.backward()
-            marks.append(time.perf_counter())
+            marks.append(self.now())
             self.optimizer.step()
             self.optimizer.zero_grad()
-            machine.synchronize(self.device)
-            marks.append(time.perf_counter())
+            marks.append(self.now())
             parts.append(np.diff(marks))
         return np.median(parts[3:], axis=0)
+
+    def now(self):
+        machine.synchronize(self.device)
+        return time.perf_counter()
 
     def speed(self):
         """Tokens/s and FLOP/s."""
@@ -116,17 +119,17 @@ def fractions(step, seconds=60):
     prepare.TIME_BUDGET = seconds
     run = prepare.Run(step.h.vocab_size)
     spent = {"training": 0.0, "loader": 0.0, "logging": 0.0}
-    mark = time.perf_counter()
+    mark = step.now()
 
     def lap(name):
         nonlocal mark
-        now = time.perf_counter()
+        now = step.now()
         spent[name] += now - mark
         mark = now
 
     for number, (x, y) in enumerate(run.batches(step.h.device_batch_size)):
         if number == 0:
-            mark = time.perf_counter()              # what came before is startup
+            mark = step.now()                       # what came before is startup
         lap("loader")
         loss = step.model(x, y)
         loss.backward()

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import math
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,11 @@ chosen = {"attention": "train.py's own", "compiled": True}
 
 # ------------------------------------------------------------------------------------------------
 # Device
+
+# --no-config: torch's own index names no dates, which exclude-newer in pyproject.toml asks for.
+INSTALL_TORCH = ("uv pip install --no-config --reinstall-package torch --torch-backend={} "
+                 "torch==" + torch.__version__.split("+")[0])
+
 
 def unused_driver():
     """The version of an NVIDIA driver whose GPU torch does not see; empty where there is none."""
@@ -48,8 +54,8 @@ def no_code():
     return (f"torch {torch.__version__} has no code for {torch.cuda.get_device_name()}, which has "
             f"compute capability {capability[0]}.{capability[1]}; its oldest is "
             f"{oldest // 10}.{oldest % 10}. The build for CUDA 12.6 has it (pytorch#172352): "
-            "uv pip install --reinstall-package torch --torch-backend=cu126 torch, and then "
-            "export UV_NO_SYNC=1; or train on the CPU: AUTORESEARCH_DEVICE=cpu")
+            f"{INSTALL_TORCH.format('cu126')}, and export UV_NO_SYNC=1; or train on the CPU: "
+            "AUTORESEARCH_DEVICE=cpu")
 
 
 @functools.cache        # so that it is said once
@@ -57,8 +63,7 @@ def mention_amd():
     """Say so if the machine may have an AMD GPU that this torch, built for CUDA, can't use."""
     if not torch.version.hip and os.path.exists("/dev/kfd"):
         print("device: there is an AMD driver here (/dev/kfd), but this torch is not built for "
-              "ROCm. For that: uv pip install --reinstall-package torch --torch-backend=auto torch "
-              "and export UV_NO_SYNC=1")
+              f"ROCm. For that: {INSTALL_TORCH.format('auto')}, and export UV_NO_SYNC=1")
 
 
 def default_device():
@@ -70,14 +75,13 @@ def default_device():
         available.insert(0, "cuda")
     wanted = os.environ.get("AUTORESEARCH_DEVICE")
     if not wanted and (driver := unused_driver()):
-        if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
             reason = "CUDA_VISIBLE_DEVICES hides it. Unset that"
         elif torch.version.cuda:
             reason = f"its driver {driver} is probably too old. Update it"
         else:
-            reason = ("this torch is a build for CPUs. Install another: uv pip install "
-                      "--reinstall-package torch --torch-backend=auto torch, and export "
-                      "UV_NO_SYNC=1")
+            reason = ("this torch is a build for CPUs. Install another: "
+                      f"{INSTALL_TORCH.format('auto')}, and export UV_NO_SYNC=1")
         sys.exit(f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, does not see "
                  f"this machine's NVIDIA GPU: {reason}, "
                  "or train on the CPU: AUTORESEARCH_DEVICE=cpu")
@@ -128,6 +132,16 @@ def keep_freed_memory():
         mallopt(-3, 2**25)          # M_MMAP_THRESHOLD, the highest value that every glibc accepts
 
 
+def keep_off_system_memory(device):
+    """
+    On Windows and WSL2 the driver moves what does not fit a card to the machine's memory, and
+    every step crawls: let torch raise instead, as on Linux (NVIDIA, "CUDA Sysmem Fallback Policy").
+    """
+    if device.type == "cuda" and (sys.platform == "win32" or "microsoft" in platform.release()):
+        free, total = torch.cuda.mem_get_info(device)
+        torch.cuda.set_per_process_memory_fraction(0.95 * free / total, device)
+
+
 def out_of_memory(error):
     """Whether the exception says that the device or the machine is out of memory."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
@@ -162,8 +176,10 @@ def evaluation_positions(device, vocab_size):
     """Tokens to evaluate at once; on a GPU their float32 logits take a 16th of what is free."""
     logits = CHUNK_LOGITS["cpu"]
     if device.type == "cuda":
+        torch.cuda.empty_cache()        # what training has freed is still torch's until then
         logits = torch.cuda.mem_get_info(device)[0] // 64
     elif device.type == "mps":
+        torch.mps.empty_cache()
         free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
         logits = free // 64
     return max(1, min(logits, 2**28) // vocab_size)
@@ -266,7 +282,8 @@ def blockwise(q, k, v, window):
 
 
 FLASH3, FLASH3_VERSION = "kernels-community/flash-attn3", 1
-flash3_commit = ""      # set by prepare.py, from what it has fetched
+flash3_folder = None    # the copy of it that prepare.py has made; set by prepare.py
+flash_attn_func = None  # its function, once load_flash3() has loaded it
 
 
 def flash_window(T, window):
@@ -291,32 +308,39 @@ def is_hopper(device):
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def fetch_flash3():
+def fetch_flash3(folder):
     """
-    Download FlashAttention-3 for Hopper from the hub, where only trusted publishers count. Returns
-    its commit: flash3() loads that one, so that a night has one kernel, and needs no network.
+    Download FlashAttention-3 for Hopper from the hub, where only trusted publishers count, and copy
+    it to folder/COMMIT/VARIANT: a night has one kernel, and needs no network. Raises what the hub's
+    libraries raise.
     """
     import kernels
     from huggingface_hub import HfApi
     refs = HfApi().list_repo_refs(FLASH3, repo_type="kernel")
     commits = {branch.name: branch.target_commit for branch in refs.branches}
     commit = commits[f"v{FLASH3_VERSION}"]
-    kernels.get_kernel(FLASH3, revision=commit)
-    return commit
+    variant = kernels.install_kernel(FLASH3, revision=commit)
+    part = folder / "part"
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(variant, part / variant.name)       # files, where the hub's cache has links
+    part.rename(folder / commit)
 
 
-def flash3():
-    """FlashAttention-3 at the commit that prepare.py has fetched; a RuntimeError if it has none."""
-    if not flash3_commit:
+def load_flash3():
+    """Load the copy of FlashAttention-3 in flash3_folder. A RuntimeError if there is none."""
+    global flash_attn_func
+    if not flash3_folder:
         raise RuntimeError("not downloaded: uv run prepare.py")
     os.environ["HF_HUB_OFFLINE"] = "1"          # kernels would ask the hub at every start
     import kernels
-    flash_attn_func = kernels.get_kernel(FLASH3, revision=flash3_commit).flash_attn_func
+    flash_attn_func = kernels.get_local_kernel(flash3_folder).flash_attn_func
 
-    def attend(q, k, v, window):
-        window_size = flash_window(q.size(1), window)
-        return flash_attn_func(q, k, v, causal=True, window_size=window_size)
-    return attend
+
+def flash3(q, k, v, window):
+    """FlashAttention-3, which a copy of a model (verify.py) is the first to call in its process."""
+    if flash_attn_func is None:
+        load_flash3()
+    return flash_attn_func(q, k, v, causal=True, window_size=flash_window(q.size(1), window))
 
 
 def try_attention(attend, device):
@@ -351,13 +375,12 @@ def choose_attention(device, dtype):
     if device.type == "cuda":
         reason = f"{dtype} on {torch.cuda.get_device_name(device)}"
     candidates = []
-    if is_hopper(device):
-        candidates.append(("FlashAttention-3", flash3))
     if device.type == "cuda" and dtype == torch.bfloat16:
-        candidates.append(("varlen_attn", lambda: varlen))
-    for name, load in candidates:
+        if is_hopper(device):
+            candidates.append(("FlashAttention-3", flash3))
+        candidates.append(("varlen_attn", varlen))
+    for name, attend in candidates:
         try:
-            attend = load()
             try_attention(attend, device)
             print(f"attention: {name}, sliding windows")
             chosen["attention"] = name
@@ -374,7 +397,7 @@ def choose_attention(device, dtype):
 
 def no_compiler(device):
     """Why nothing can be compiled for this device; empty if it can."""
-    from torch._inductor import cpp_builder, exc
+    from torch._inductor import cpp_builder
     from torch.utils._triton import has_triton
     if device.type == "mps":
         return "not on MPS"         # torch's compiler is not ready there
@@ -382,7 +405,7 @@ def no_compiler(device):
         return "" if has_triton() else "no Triton for this GPU here"
     try:
         cpp_builder.get_cpp_compiler()
-    except exc.InvalidCxxCompiler:
+    except RuntimeError:            # none, or on Windows one that does not speak English
         return "no C++ compiler"
     return ""
 

@@ -255,7 +255,7 @@ def progress_bar(**options):
     return tqdm(leave=False, **options)
 
 with suppress(OSError):             # a cache that can't be read is named later
-    machine.flash3_commit = read_json(CACHE / "flash3.json", "")
+    machine.flash3_folder = next(CACHE.glob("flash3/*/torch*"), None)
 
 # ------------------------------------------------------------------------------------------------
 # Download: resumed, retried, checked, and given its name only when it is complete
@@ -690,12 +690,12 @@ def prepare(dataset, vocab_size, num_shards, workers, command, skip=False):
 
 
 def fetch_kernel():
-    """On a Hopper GPU, download FlashAttention-3 unless that is done, and note its commit."""
+    """On a Hopper GPU, download FlashAttention-3 unless that is done."""
     device = default_device()
-    if machine.flash3_commit or device.type != "cuda" or not machine.is_hopper(device):
+    if machine.flash3_folder or device.type != "cuda" or not machine.is_hopper(device):
         return
     try:
-        write_json(CACHE / "flash3.json", machine.fetch_flash3())
+        machine.fetch_flash3(CACHE / "flash3")
         print("FlashAttention-3: downloaded")
     except Exception as error:      # whatever the hub's libraries raise; training works without it
         words = " ".join(str(error).split())
@@ -1054,6 +1054,7 @@ class Run:
 
     def __enter__(self):
         machine.keep_freed_memory()
+        machine.keep_off_system_memory(self.device)
         random.seed(SEED)
         np.random.seed(SEED % 2**32)
         torch.manual_seed(SEED)
@@ -1115,7 +1116,7 @@ class Run:
             if self.device.type == "cuda":
                 queued.append(torch.cuda.Event())       # done when this step is
                 queued[-1].record()
-                if len(queued) > 1:                     # this step stays queued: no idle device
+                if len(queued) > 1:         # this step stays queued: no idle device (in bfloat16)
                     queued.pop(0).synchronize()
             else:
                 synchronize(self.device)

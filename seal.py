@@ -161,8 +161,8 @@ def seal(program, cache, scratch, more=()):
             rules.append((place, rights))
 
     grant(Path("/"), READ)
-    # Of the cache only what names no text: the tokenizers, and how the data was made.
-    for name in "dataset.json", "flash3.json":
+    # Of the cache only what names no text: a kernel, the tokenizers, how the data was made.
+    for name in "dataset.json", "flash3":
         if (cache / name).exists():
             rules.append(((cache / name).resolve(), READ))
     for path in cache.glob("*/vocab-*/*"):

@@ -36,9 +36,11 @@ HERE = Path(__file__).resolve().parent
 HARNESS = *referee.HARNESS, "verify.py", "decide.py"
 # bytes of a train.py that a person still reads; more may be data
 LONGEST = 100_000
+GPUS = "/dev/dri", "/dev/kfd", "/dev/dxg"       # AMD's and WSL2's, beside /dev/nvidia*
 KEPT_VARIABLES = (
     "SYSTEMROOT", "TEMP", "USERNAME", "USERPROFILE",    # without these nothing starts on Windows
     "PATH", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES",
+    "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HSA_OVERRIDE_GFX_VERSION",
     "OMP_NUM_THREADS", "AUTORESEARCH_CACHE_DIR", "AUTORESEARCH_TIME_BUDGET", "AUTORESEARCH_DEVICE")
 
 
@@ -130,7 +132,7 @@ def sandbox(path, clone, scratch=None):
             "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/opt", "/nix", "/sys"):
         command += ["--ro-bind-try", place, place]
     command += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]
-    for device in [*Path("/dev").glob("nvidia*"), Path("/dev/dri"), Path("/dev/kfd")]:
+    for device in [*Path("/dev").glob("nvidia*"), *map(Path, GPUS)]:
         command += ["--dev-bind-try", str(device), str(device)]
     for place in dict.fromkeys((sys.base_prefix, sys.prefix)):
         command += ["--ro-bind", place, place]
@@ -143,7 +145,7 @@ def sandbox(path, clone, scratch=None):
         else:
             command += ["--ro-bind", "/dev/null", str(place)]
     dataset = prepare.chosen_dataset()
-    known = [prepare.CACHE / "dataset.json"]
+    known = [prepare.CACHE / "dataset.json", prepare.CACHE / "flash3"]
     for folder in (prepare.CACHE / dataset.name).glob("vocab-*"):
         known += [folder / "manifest.json", folder / "tokenizer.b64"]
     for file in filter(Path.exists, known):

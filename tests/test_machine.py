@@ -3,8 +3,13 @@
 import json
 import os
 import platform
+import subprocess
+import sys
 import types
+from functools import partial
 
+import cloudpickle
+import kernels
 import numpy as np
 import pytest
 import torch
@@ -16,7 +21,7 @@ import machine
 import prepare
 import referee
 import train
-from children import program
+from children import ROOT, program
 from test_model import assert_close, dense_attention, qkv
 from test_optimizer import recipe
 
@@ -52,19 +57,19 @@ def reference_varlen(q, k, v, ends_q, ends_k, max_q, max_k, window_size=(-1, -1)
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """hub(fail): a local kernel that does `fail` when called, instead of the hub's; no network."""
+    """hub(fail): a kernel in prepare.py's folder that does `fail` when called; no network."""
     def hub(fail="pass"):
-        for variant, backend in (("torch-universal", "cpu"), ("torch-cuda", "cuda")):
-            build = tmp_path / "build" / variant
-            build.mkdir(parents=True)
-            (build / "__init__.py").write_text(STUB.format(fail=fail))
-            (build / "metadata.json").write_text(json.dumps({
-                "name": "flash-attn3", "id": f"stub_{variant}", "version": 1, "license": "MIT",
-                "python-depends": [], "backend": {"type": backend}}))
-        monkeypatch.setenv("LOCAL_KERNELS", f"kernels-community/flash-attn3={tmp_path}")
-        monkeypatch.setattr(machine, "flash3_commit", "0123456789abcdef0123456789abcdef01234567")
+        variant = tmp_path / "flash3" / "c0ffee" / "torch-universal"
+        variant.mkdir(parents=True)
+        (variant / "__init__.py").write_text(STUB.format(fail=fail))
+        (variant / "metadata.json").write_text(json.dumps({
+            "name": "flash-attn3", "id": f"stub_{tmp_path.name}", "version": 1, "license": "MIT",
+            "python-depends": [], "backend": {"type": "cpu"}}))
+        monkeypatch.setattr(machine, "flash3_folder", variant)
+        get = kernels.get_local_kernel
+        monkeypatch.setattr(kernels, "get_local_kernel", lambda path: get(path, backend="cpu"))
+    monkeypatch.setattr(machine, "flash_attn_func", None)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.delenv("LOCAL_KERNELS", raising=False)
     return hub
 
 
@@ -81,7 +86,7 @@ def card(monkeypatch):
 def test_flash3_is_the_dense_attention(hub, window):
     hub()
     q, k, v = qkv()
-    assert_close(machine.flash3()(q, k, v, window), dense_attention(q, k, v, window))
+    assert_close(machine.flash3(q, k, v, window), dense_attention(q, k, v, window))
 
 
 @pytest.mark.parametrize("window", [8, 24])
@@ -465,48 +470,70 @@ def test_the_log_reads_a_loss_that_is_done_and_waits_for_nothing_later(monkeypat
     assert machine.read_later(torch.tensor(1.5))() == 1.5
 
 
-def test_the_kernel_of_the_hub_is_fetched_once_and_by_its_commit(card, monkeypatch, tmp_path,
-                                                                 capsys):
+def test_the_kernel_of_the_hub_is_fetched_once(card, monkeypatch, tmp_path, capsys):
     card()
     asked = []
     monkeypatch.setattr(prepare, "CACHE", tmp_path)
     monkeypatch.setattr(prepare, "default_device", lambda: CUDA)
-    monkeypatch.setattr(machine, "flash3_commit", "")
 
-    def fetch(error=None):
-        asked.append(error)
+    def fetch(folder, error=None):
+        asked.append(folder)
         if error:
             raise error
-        return "c0ffee"
 
-    monkeypatch.setattr(machine, "fetch_flash3", lambda: fetch(OSError("no network")))
+    monkeypatch.setattr(machine, "fetch_flash3", partial(fetch, error=OSError("no network")))
     prepare.fetch_kernel()
     assert "(no network): training takes another" in capsys.readouterr().out
-    assert not (tmp_path / "flash3.json").exists()
     monkeypatch.setattr(machine, "fetch_flash3", fetch)
     prepare.fetch_kernel()
-    assert json.loads((tmp_path / "flash3.json").read_text()) == "c0ffee"
-    monkeypatch.setattr(machine, "flash3_commit", "c0ffee")
+    assert asked == 2 * [tmp_path / "flash3"]
+    monkeypatch.setattr(machine, "flash3_folder", tmp_path)
     prepare.fetch_kernel()
     card((8, 0), "A100")
-    monkeypatch.setattr(machine, "flash3_commit", "")
+    monkeypatch.setattr(machine, "flash3_folder", None)
     prepare.fetch_kernel()
     assert len(asked) == 2
 
 
-def test_the_kernel_is_downloaded_at_the_commit_that_is_noted(monkeypatch):
+def test_the_kernel_is_copied_at_one_commit_and_found_by_the_next_run(monkeypatch, tmp_path):
     branches = [types.SimpleNamespace(name=name, target_commit=commit)
                 for name, commit in (("main", "a"), ("v1", "c0ffee"), ("v2", "b"))]
-    asked = []
 
     class Hub:
         def list_repo_refs(self, repo, repo_type):
             assert (repo, repo_type) == ("kernels-community/flash-attn3", "kernel")
             return types.SimpleNamespace(branches=branches)
 
+    blob = tmp_path / "blob"
+    blob.write_text("code")
+    variant = tmp_path / "snapshot" / "torch-stable-abi29-cu130"
+    variant.mkdir(parents=True)
+    (variant / "__init__.py").symlink_to(blob)          # as the hub's cache has them
+
+    def install(repo, revision):
+        assert revision == "c0ffee"
+        return variant
+
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    monkeypatch.setattr("kernels.get_kernel", lambda repo, revision: asked.append(revision))
-    assert machine.fetch_flash3() == "c0ffee" and asked == ["c0ffee"]
+    monkeypatch.setattr(kernels, "install_kernel", install)
+    cache = tmp_path / "cache"
+    machine.fetch_flash3(cache / "flash3")
+    code = "import machine, prepare; print(machine.flash3_folder)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True,
+                           env=os.environ | {"AUTORESEARCH_CACHE_DIR": str(cache)}).stdout
+    copy = cache / "flash3" / "c0ffee" / variant.name
+    assert found == f"{copy}\n"
+    blob.unlink()
+    assert (copy / "__init__.py").read_text() == "code"
+
+
+def test_a_copy_of_a_model_loads_the_kernel_itself(hub, monkeypatch):
+    """Pickled as verify.py's copies are: by the name of machine.flash3 alone."""
+    hub()
+    q, k, v = qkv()
+    attend = cloudpickle.loads(cloudpickle.dumps(machine.flash3))
+    assert attend is machine.flash3
+    assert_close(attend(q, k, v, 8), dense_attention(q, k, v, 8))
 
 
 DRIVER = "#!/bin/sh\necho 470.82.01\n"
@@ -524,9 +551,25 @@ def test_a_driver_too_old_is_said_before_anything_trains_on_the_cpu(command, tmp
     assert f"torch {torch.__version__}" in result.stdout and torch.version.cuda in result.stdout
 
 
+@pytest.mark.parametrize("system,release,limited", [
+    ("win32", "10", True), ("linux", "6.6.87.2-microsoft-standard-WSL2", True),
+    ("linux", "6.18.0", False)])
+def test_memory_that_would_spill_is_limited(system, release, limited, monkeypatch):
+    fractions = []
+    monkeypatch.setattr(machine.sys, "platform", system)
+    monkeypatch.setattr(machine.platform, "release", lambda: release)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6 * 2**30, 8 * 2**30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction",
+                        lambda fraction, device: fractions.append(fraction))
+    machine.keep_off_system_memory(CUDA)
+    machine.keep_off_system_memory(torch.device("cpu"))
+    assert fractions == ([0.95 * 6 / 8] if limited else [])
+
+
 @pytest.mark.parametrize("hidden,cuda,sentence", [
     (None, None, "this torch is a build for CPUs. Install another: uv pip install"),
     ("", "13.0", "CUDA_VISIBLE_DEVICES hides it. Unset that"),
+    ("-1", "13.0", "CUDA_VISIBLE_DEVICES hides it. Unset that"),
     (None, "13.0", "its driver 470.82.01 is probably too old. Update it")])
 def test_why_torch_does_not_see_the_gpu(hidden, cuda, sentence, monkeypatch):
     monkeypatch.setattr(machine, "unused_driver", lambda: "470.82.01")
@@ -568,7 +611,7 @@ def test_an_amd_driver_that_torch_was_not_built_for_is_mentioned_once(monkeypatc
     monkeypatch.delenv("AUTORESEARCH_DEVICE")
     for _ in range(2):
         assert machine.default_device().type == "cpu"
-    assert capsys.readouterr().out.count("--torch-backend=auto torch") == 1
+    assert capsys.readouterr().out.count("--torch-backend=auto torch==") == 1
     machine.mention_amd.cache_clear()
 
 
@@ -604,7 +647,10 @@ def test_the_device_tells_processor_generations_apart(monkeypatch):
 @pytest.mark.parametrize("gib,most", [(3, 2 ** 26), (70, 2 ** 28)])
 def test_the_tokens_evaluated_at_once_follow_from_free_memory(gib, most, monkeypatch):
     """A sixteenth for float32 logits: with three more tensors of their size, a quarter."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gib * 2 ** 30, 80 * 2 ** 30))
+    freed = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(1))
+    monkeypatch.setattr(torch.cuda, "mem_get_info",
+                        lambda device: (freed and gib * 2 ** 30, 80 * 2 ** 30))
     logits = 4 * 8192 * machine.evaluation_positions(CUDA, 8192)
     assert logits <= gib * 2 ** 30 / 16 and logits <= 4 * most
     assert machine.evaluation_positions(torch.device("cpu"), 4096) == 1024
