@@ -242,13 +242,21 @@ def fresh_gains(folder, commit, kept, machine):
 
 
 def busy(log, usual):
-    """A warning if a run took over 10% fewer steps than those in `usual`; else an empty text."""
+    """
+    A warning if others had over 10% of the machine during a run; for a log that does not tell, if
+    it took over 10% fewer steps than those in `usual`. Else an empty text.
+    """
+    again = "delete this log and run again"
+    if share := re.match(r"(\d+)% ours", log.get("machine", "")):
+        if int(share[1]) >= 90:
+            return ""
+        return f"; {log['name']} had {share[1]}% of the machine, the rest went to others: {again}"
     counts = [int(each["num_steps"]) for each in usual if "num_steps" in each]
     steps = int(log.get("num_steps", 0))
     if not counts or steps >= 0.9 * statistics.median(counts):
         return ""
     return (f"; {log['name']} has {steps} steps instead of {statistics.median(counts):.0f}: unless "
-            "the idea slows a step down, the machine was busy, so delete this log and run again")
+            f"the idea slows a step down, the machine was busy, so {again}")
 
 
 def other_kernels(log, usual):

@@ -17,6 +17,7 @@ import pyarrow
 import pyarrow.parquet
 from pyarrow import types
 
+from referee import printable
 from seal import COMPRESSED, TEXT_KINDS, text_kind
 
 BLOCK = 2**20               # characters read at once
@@ -32,11 +33,6 @@ class NoText(Exception):
 
 class TooLittle(Exception):
     """A sentence that says what the source lacks."""
-
-
-def printable(words):
-    """The words with control characters escaped: a file's name must not talk to the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(words))
 
 
 def find_files(source):

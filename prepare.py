@@ -64,6 +64,7 @@ def setting(name, default, kind=str):
 CACHE = Path(setting("CACHE_DIR", Path.home() / ".cache" / "autoresearch")).expanduser().absolute()
 SEED = setting("SEED", 42, int)                         # of the data order and of every generator
 TIME_BUDGET = setting("TIME_BUDGET", 300, float)        # seconds of training
+WAIT = setting("WAIT", "")                              # for another run on this device to end
 VERIFIED = "AUTORESEARCH_REFEREE" in os.environ         # verify.py has started the referee
 if not TIME_BUDGET > 0:
     sys.exit(f"AUTORESEARCH_TIME_BUDGET={TIME_BUDGET:g} leaves no time to train; "
@@ -136,7 +137,8 @@ from tqdm import tqdm
 
 import machine
 from machine import default_device, out_of_memory, synchronize
-from referee import ANSWER_TIME, COMPARABLE_BUDGET, EXTRA_TIME, Channel, file_sha256, open_shard
+from referee import (
+    ANSWER_TIME, COMPARABLE_BUDGET, EXTRA_TIME, Channel, file_sha256, open_shard, printable)
 
 # ------------------------------------------------------------------------------------------------
 # Constants and datasets
@@ -475,18 +477,17 @@ def own_text(dataset, num_shards, workers, command, skip):
         source = Path(dataset.url)
     folder, state = CACHE / dataset.name / "text", state_of(source)
     if not source.exists():
-        sys.exit(owntext.printable(f"--source {source}: no such file or folder"))
+        sys.exit(printable(f"--source {source}: no such file or folder"))
     copied = read_json(folder / "shards.json", {})
     if copied.get("state") != state:
         shutil.rmtree(folder, ignore_errors=True)
         try:
             paths = owntext.split(source, folder, skip)
         except owntext.NoText as error:
-            sys.exit(owntext.printable(
-                f"{error}\nConvert it, remove it from the source, or leave out whatever holds no "
-                "text by --skip-unreadable"))
+            sys.exit(f"{printable(error)}\nConvert it, remove it from the source, or leave out "
+                     "whatever holds no text by --skip-unreadable")
         except owntext.TooLittle as error:
-            sys.exit(owntext.printable(error))
+            sys.exit(printable(error))
         copied = {"state": state, "names": {name: path.name for name, path in paths.items()}}
         write_json(folder / "shards.json", copied)
     return {name: partial(parquet_documents, folder / file)
@@ -964,6 +965,10 @@ def print_summary(run, numbers, line):
         "attention": numbers["attention"] + ("" if numbers["compiled"] else ", not compiled"),
         "sealed": "yes" if line["sealed"] else "no",
     }
+    if load := line["machine"]:
+        summary["machine"] = f"{100 * load['ours']:.0f}% ours"
+        if load["stolen"] > 0.01 * run.training_seconds:
+            summary["machine"] += f", the host took {load['stolen']:.0f} core seconds"
     if TIME_BUDGET != COMPARABLE_BUDGET:
         summary["time_budget"] = f"{TIME_BUDGET:g} (not comparable)"
     if run.prepare_changed:
@@ -1048,9 +1053,14 @@ class Run:
             reader, writer, _ = BOUNDARY
             BOUNDARY = "used"
         self.channel = Channel(reader, writer)
-        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
-        answer = self.ask("start", self.vocab_size, self.device.type, gpu, torch.__version__)
-        _, self.device_name, self.prepare_changed = answer
+        name, uuid = "", ""
+        if self.device.type == "cuda":
+            properties = torch.cuda.get_device_properties(self.device)
+            name, uuid = properties.name, str(getattr(properties, "uuid", ""))
+        message = "start", self.vocab_size, self.device.type, name, torch.__version__, uuid
+        # Before its answer the referee may wait for another run to end.
+        answer = self.ask(*message, timeout=None if WAIT else ANSWER_TIME)
+        _, self.device_name, self.prepare_changed, self.waited = answer
 
     def __enter__(self):
         machine.keep_freed_memory()
@@ -1059,7 +1069,7 @@ class Run:
         np.random.seed(SEED % 2**32)
         torch.manual_seed(SEED)
         age = time.time() - psutil.Process().create_time() if BOUNDARY else 0
-        faulthandler.dump_traceback_later(max(1, HARD_LIMIT - age), exit=True)
+        faulthandler.dump_traceback_later(max(1, HARD_LIMIT - age + self.waited), exit=True)
         signal.signal(signal.SIGTERM, on_sigterm)
         print(f"dataset: {self.dataset.name}, vocabulary {self.vocab_size:,}, "
               f"context {self.context}, seed {SEED}")

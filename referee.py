@@ -33,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 # ------------------------------------------------------------------------------------------------
 # Constants
@@ -44,6 +44,7 @@ HARNESS = "prepare.py", "machine.py", "referee.py", "seal.py"
 COMPARABLE_BUDGET = 300     # seconds of training; a run with another budget is marked as such
 EXTRA_TIME = 300            # seconds for all the rest: a plain run ends within ten minutes
 ANSWER_TIME = 60            # seconds of silence after which the other process counts as hung
+LEAVING = 10                # seconds for which a killed run may still hold its device
 
 # Fraction of the budget that training may overrun, plus one step. 2% is little beside the 10% by
 # which the speed of a machine drifts from run to run (dev/log.md).
@@ -503,6 +504,81 @@ def first_statement(text):
     return ast.unparse(body[0]) if body else ""
 
 # ------------------------------------------------------------------------------------------------
+# The device: two runs on one ruin each other, and other work on its cores slows a run down
+
+def cores_of(process):
+    """The cores that a process may run on."""
+    if hasattr(process, "cpu_affinity"):                # not on macOS
+        return sorted(process.cpu_affinity())
+    return list(range(os.cpu_count()))
+
+
+def core_seconds(cores):
+    """Seconds that these cores have worked for anybody, and that the host took from them."""
+    busy = stolen = 0
+    times = psutil.cpu_times(percpu=True)
+    for core in cores:
+        spent = times[core]._asdict()
+        # The time of guests is in that of users too.
+        not_busy = "idle", "iowait", "steal", "guest", "guest_nice"
+        busy += sum(seconds for name, seconds in spent.items() if name not in not_busy)
+        stolen += spent.get("steal", 0)
+    return busy, stolen
+
+
+def machine_share(own, busy, stolen, all_seconds):
+    """
+    How much of its cores a run had, all in seconds: its own work, that of all, what the host took,
+    and what there was. Others took nothing from it as long as cores were idle.
+    """
+    if not own > 0:                                     # it can't be told here
+        return None
+    idle = max(0, all_seconds - busy - stolen)
+    ours = min(1, (own + idle) / (max(own, busy) + stolen))
+    return {"ours": round(ours, 3), "stolen": round(stolen, 1)}
+
+
+def printable(words):
+    """The words with control characters escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(words))
+
+
+class DeviceLocks:
+    """
+    Locks on what a run trains on, each a file that the kernel unlocks when its holder is gone.
+    They lie in the folder for temporary files, which all clones, caches and users have in common.
+    """
+
+    def __init__(self, keys):
+        self.folder = Path(tempfile.gettempdir(), "autoresearch-devices")
+        self.paths = [self.folder / f"{key}.lock" for key in sorted(keys)]
+        self.held = []
+
+    def take(self, holder, patience):
+        """
+        Take all of them, and note the holder (a dict) beside each. Returns None, or after
+        `patience` seconds the holder of the one that is taken.
+        """
+        self.folder.mkdir(exist_ok=True)
+        with suppress(OSError):
+            self.folder.chmod(0o777)                    # for other users
+        end = time.monotonic() + patience
+        for path in self.paths[len(self.held):]:        # all in one order: no two wait in a ring
+            lock = FileLock(path, mode=0o666)
+            note = path.with_suffix(".json")
+            try:
+                lock.acquire(timeout=max(0, end - time.monotonic()))
+            except Timeout:
+                with suppress(OSError, ValueError):
+                    return dict(json.loads(note.read_bytes()))
+                return {}
+            self.held.append(lock)
+            with suppress(OSError):
+                note.unlink(missing_ok=True)
+                note.write_text(json.dumps(holder))
+        return None
+
+# ------------------------------------------------------------------------------------------------
 # Messages and shared memory
 
 class Channel:
@@ -697,11 +773,11 @@ class Referee:
         """Note whether the process is sealed, before any line of train.py runs."""
         self.is_sealed = bool(yes)
 
-    def start(self, vocab_size, device, name, torch_version):
+    def start(self, vocab_size, device, name, torch_version, gpu=""):
         """
         Open the data and begin the journal line, now that train.py has chosen its tokenizer.
 
-        device: cpu, cuda or mps. name: that of the GPU, if there is one.
+        device: cpu, cuda or mps. name and gpu: the name of the GPU, if there is one, and its UUID.
         """
         if self.line:
             sys.exit("FAIL: a second Run; there is one a process")
@@ -715,13 +791,55 @@ class Referee:
             return
 
         program = Path(self.settings["program"])
+        waited = self.take_device(program, device, gpu)
         text = program.read_bytes() if program.is_file() else b""
         device = name or f"{device} ({processor()})"
         self.line = self.description(dataset, text, device, torch_version)
         if self.is_sealed and first_statement(text) != "import prepare":
             sys.exit("FAIL: `import prepare` must be the first statement of train.py: "
                      "from there on the text is sealed")
-        self.channel.send("started", self.line["device"], self.line["prepare_changed"])
+        self.channel.send("started", self.line["device"], self.line["prepare_changed"], waited)
+
+    def take_device(self, program, kind, gpu):
+        """
+        Lock the GPU or the cores of the run. Returns the seconds that it waited, which do not
+        count. Exits if another run has them, unless AUTORESEARCH_WAIT says to wait.
+        """
+        if program.name != "train.py":                  # a test or benchmark.py
+            return 0
+        keys = [f"{kind}-{gpu}"] if self.accelerator else [
+            f"cpu-{core}" for core in cores_of(self.process)]
+        keys = ["".join(c for c in key if c.isalnum() or c == "-") for key in keys]
+        self.locks = DeviceLocks(keys)
+        holder = {"program": str(program), "pid": self.process.pid,
+                  "since": time.strftime("%H:%M:%S on %Y-%m-%d")}
+        start, patience = time.monotonic(), LEAVING
+        try:
+            while taken := self.locks.take(holder, patience):
+                who = printable("{program} (process {pid}), since {since}".format(
+                    **{"program": "another run", "pid": "?", "since": "?"} | taken))
+                if not os.environ.get("AUTORESEARCH_WAIT"):
+                    sys.exit(f"FAIL: another run is at work on this device: {who}. Two at once "
+                             "ruin each other: wait for it, or set AUTORESEARCH_WAIT=1 to have "
+                             "this one wait")
+                if patience == LEAVING:
+                    print(f"waiting for the device: {who}", file=sys.stderr, flush=True)
+                patience = 1
+                if not self.is_alive():
+                    sys.exit(UNFINISHED)
+        except OSError as error:                        # the folder is another user's
+            print(f"the device is not locked: {error}", file=sys.stderr, flush=True)
+        waited = time.monotonic() - start
+        self.started += waited
+        return waited
+
+    def load(self):
+        """Processor seconds so far: of this run, of all on its cores, and taken by the host."""
+        with suppress(psutil.Error):
+            mine = psutil.Process().cpu_times()
+            return np.array([self.cpu_seconds() + mine.user + mine.system,
+                             *core_seconds(cores_of(self.process))])
+        return np.full(3, np.nan)
 
     def missing(self, dataset):
         """The name of the first file or shard that is missing or damaged, or None."""
@@ -776,9 +894,7 @@ class Referee:
 
     def share(self):
         """What the run has of its machine, which wave.py divides among several."""
-        cores = os.cpu_count()
-        if hasattr(self.process, "cpu_affinity"):
-            cores = len(self.process.cpu_affinity())
+        cores = len(cores_of(self.process))
         return {"node": platform.node(), "cores": cores, "of": os.cpu_count(),
                 "nice": self.process.nice()}
 
@@ -842,6 +958,7 @@ class Referee:
         self.fill(self.packed)
         self.line["startup_seconds"] = round(self.seconds(), 1)
         self.line["startup_cpu_seconds"] = round(self.cpu_seconds(), 1)
+        self.load_before = self.load()
         self.first_batch = time.monotonic()
 
     # -- the number
@@ -857,6 +974,8 @@ class Referee:
         if self.nats is not None:
             sys.exit("FAIL: evaluated twice; a run has one evaluation")
         training = time.monotonic() - self.first_batch
+        self.line["machine"] = machine_share(
+            *(self.load() - self.load_before), training * len(cores_of(self.process)))
         # At least half a second is allowed: 2% of a short budget is less than a machine's hiccup.
         # A step counts up to a tenth of the budget, or a run of one long step would always pass.
         step = min(training / self.handed, 0.1 * self.budget)
@@ -1039,8 +1158,8 @@ class Referee:
                     "attention", "compiled"):
             self.line[key] = numbers.get(key)
         self.end(None)
-        told = "startup_seconds", "evaluation_seconds", "total_seconds", "sealed"
-        self.channel.send("written", {key: self.line[key] for key in told})
+        told = "startup_seconds", "evaluation_seconds", "total_seconds", "sealed", "machine"
+        self.channel.send("written", {key: self.line.get(key) for key in told})
 
     def fail(self, sentence):
         """Write the line of a run that train.py's process ends without a number."""

@@ -281,6 +281,16 @@ def test_a_busy_machine(write, log, answer):
     assert f"run-{KEPT}-43-240005.log has 500 steps" in answer()[0]
 
 
+def test_a_machine_that_others_had_a_part_of(write, log, answer):
+    """By the share in the log, whatever the number of steps."""
+    write(*BASELINE)
+    log(KEPT, 42, 1.299, 9)
+    log(IDEA, 42, 1.298, 1, machine="90% ours", num_steps=10)
+    assert "machine" not in answer()[0]
+    log(IDEA, 42, 1.298, 1, machine="89% ours, the host took 3 core seconds")
+    assert "had 89% of the machine, the rest went to others: delete this log" in answer()[0]
+
+
 def test_a_run_with_another_attention_than_the_kept_commit(write, log, answer):
     write(*BASELINE)
     log(KEPT, 42, 1.299, 9, attention="FlashAttention-3")

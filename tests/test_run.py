@@ -2,8 +2,10 @@
 
 import copy
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -366,6 +368,76 @@ def test_a_referee_that_does_not_answer_ends_the_run(hung):
 
 
 # -- the journal, and the environment
+
+@pytest.mark.parametrize("own,busy,stolen,everything,ours", [
+    (19.5, 19.6, 0, 20, 1.0),       # a run on two idle cores for ten seconds
+    (10, 20, 0, 20, 0.5),           # and beside another like it
+    (14, 15, 5, 20, 0.7),           # the host took 5 of 20
+    (10, 50, 0, 160, 1.0),          # a GPU's run on 16 cores: others left some of them idle
+    (25, 20, 0, 20, 1.0),           # clocks that do not tick alike
+    (math.nan, 20, 0, 20, None)])
+def test_the_share_of_the_machine_by_hand(own, busy, stolen, everything, ours):
+    share = referee.machine_share(own, busy, stolen, everything)
+    assert (share and share["ours"]) == ours
+
+
+def start(folder, budget, **environment):
+    """small.py as the train.py of a clone of its own, with the programs as they are."""
+    folder.mkdir()
+    copy_programs(folder)
+    shutil.copy(ROOT / "tests" / "small.py", folder / "train.py")
+    text = (folder / "referee.py").read_text()
+    (folder / "referee.py").write_text(text.replace("LEAVING = 10 ", "LEAVING = 1 "))
+    environment = os.environ | {"AUTORESEARCH_TIME_BUDGET": str(budget)} | environment
+    return subprocess.Popen([sys.executable, "train.py"], cwd=folder, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def test_a_second_run_on_the_device_is_refused_or_waits(cache, tmp_path):
+    """And the first, on a machine with another load, knows how much of it was not its own."""
+    cache_400 = tmp_path / "cache"
+    result = program("prepare.py", "--dataset", "sotu", "--vocab-size", 400,
+                     "--eval-bytes", 30_000, AUTORESEARCH_CACHE_DIR=cache_400)
+    assert result.returncode == 0, result.stdout
+    place = {"AUTORESEARCH_CACHE_DIR": str(cache_400)}
+    first = start(tmp_path / "a", 9, **place)
+    while "step " not in first.stdout.readline():
+        assert first.poll() is None
+    spin = [subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            for _ in range(2 * os.cpu_count())]
+    began = time.monotonic()
+    second, third = start(tmp_path / "b", 1, **place), start(
+        tmp_path / "c", 1, AUTORESEARCH_WAIT="1", **place)
+    said, _ = second.communicate(timeout=60)
+    assert second.returncode == 1 and "FAIL: another run is at work on this device" in said, said
+    assert f"{tmp_path}/a/train.py (process {first.pid}), since " in said
+    for process in spin:
+        process.kill()
+        process.wait()
+    said, _ = first.communicate(timeout=60)
+    assert first.returncode == 0, said
+    assert int(re.search(r"^machine: +(\d+)% ours", said, re.M)[1]) < 85, said
+    said, _ = third.communicate(timeout=60)
+    seconds = time.monotonic() - began
+    assert third.returncode == 0 and f"waiting for the device: {tmp_path}/a/train.py" in said, said
+    lines = (cache_400 / "journal.jsonl").read_text().splitlines()
+    assert [json.loads(line)["failure"] for line in lines] == [None, None]
+    assert json.loads(lines[1])["total_seconds"] < seconds - 1      # less what it waited
+
+
+def test_a_killed_run_leaves_no_lock(cache, tmp_path):
+    locks = [referee.DeviceLocks(["test-a", "test-b"]) for _ in range(2)]
+    code = ("import os, referee\nlocks = referee.DeviceLocks(['test-b'])\n"
+            "assert locks.take({'pid': 7}, 0) is None\nprint(1, flush=True)\ninput()")
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE)
+    child.stdout.readline()
+    assert locks[0].take({"pid": 8}, 0.1) == {"pid": 7}
+    child.kill()
+    child.wait()
+    assert locks[0].take({"pid": 8}, 0.1) is None
+    assert locks[1].take({}, 0.1) == {"pid": 8}
+
 
 def test_journal_lines_of_many_writers_do_not_mix(tmp_path):
     writer = f"""
