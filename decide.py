@@ -30,9 +30,10 @@ FRESH_SEEDS = [43, 44, 45]          # on which a wave confirms an idea
 FRESH = 1.2             # of the margin: what the mean of the three gains has to exceed
 APART = 1800            # s between the ends of a pair's runs: speed wanders from hour to hour
 
-# Descriptions of rows that are not ideas.
-BASELINE = re.compile(r"baseline(?: on (?P<machine>.+?))?(?:, seed (?P<seed>\d+).*)?$", re.I)
-REPEAT = re.compile(r"(?:again,? )?seed (?P<seed>\d+)", re.I)
+# Descriptions of rows that are not ideas, as program.md has them written. An idea may begin with
+# the same words: "seed 64 rows of the table", "baseline on a diet".
+BASELINE = re.compile(r"baseline(?:(?: on (?P<machine>.+?))?, seed (?P<seed>\d+).*)?$", re.I)
+REPEAT = re.compile(r"(?:again,? )?seed (?P<seed>\d+)(?=[:,;]|$)", re.I)
 
 # ------------------------------------------------------------------------------------------------
 # The rule
@@ -193,7 +194,8 @@ def number(log, seed, machine):
     if "val_bpb" not in log:
         sys.exit(f"{name} has no val_bpb: wait if it is still running; delete it if it was stopped "
                  f"by mistake; if it crashed, `tail -n 50 {name}` says why")
-    if doubt := re.search(r"^.*\(not comparable\)", text, re.M):
+    # Another budget is no doubt: a night may have its own, and first_gain() compares it.
+    if doubt := re.search(r"^(?!time.budget).*\(not comparable\)", text, re.M):
         sys.exit(f"{name} says {' '.join(doubt[0].split())!r}: correct that and run again")
     if log.get("seed", str(seed)) != str(seed):
         sys.exit(f"{name} ran on seed {log['seed']}: rename it, and run on seed {seed}")
@@ -278,6 +280,11 @@ def first_gain(session, folder, commit):
     if not runs:
         sys.exit(f"there is no run-{commit}-42-*.log: run {commit} on seed 42 first")
     value = number(runs[-1], 42, session.machine)
+    theirs = logs(folder, kept.commit, 42)
+    budgets = [log[-1].get("time_budget", "300").split()[0] for log in (runs, theirs) if log]
+    if len(set(budgets)) > 1:
+        sys.exit(f"{runs[-1]['name']} trained for {budgets[0]} s, {theirs[-1]['name']} for "
+                 f"{budgets[1]} s: run with the AUTORESEARCH_TIME_BUDGET of this night again")
     earlier = [row.val_bpb for row in session.runs(kept.train, 42)]
     if not earlier:
         sys.exit(f"{kept.commit}, the last kept commit, has no row on seed 42: run it there first")

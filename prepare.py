@@ -41,6 +41,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,7 +63,23 @@ def setting(name, default, kind=str):
                  f"unset it or set it to one (default {default})")
 
 
-CACHE = Path(setting("CACHE_DIR", Path.home() / ".cache" / "autoresearch")).expanduser().absolute()
+def name_the_user():
+    """In a container the user may have neither a name nor a home: libraries ask for both."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = f"user{os.getuid()}"
+    try:
+        Path.home()
+    except RuntimeError:
+        if not setting("CACHE_DIR", ""):
+            sys.exit("this user has no home folder: set AUTORESEARCH_CACHE_DIR to a folder for "
+                     "data and journal")
+        os.environ["HOME"] = tempfile.gettempdir()
+
+
+name_the_user()
+CACHE = Path(setting("CACHE_DIR", "~/.cache/autoresearch")).expanduser().absolute()
 SEED = setting("SEED", 42, int)                         # of the data order and of every generator
 TIME_BUDGET = setting("TIME_BUDGET", 300, float)        # seconds of training
 WAIT = setting("WAIT", "")                              # for another run on this device to end
@@ -163,7 +181,8 @@ EVAL_BYTES = {
 }
 SMALL_CUDA = 64         # multiprocessors: an L4 has 58 of them, an RTX 4080 76, an H100 132
 
-HUB = "https://huggingface.co/datasets/karpathy"
+HUB = os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+TEXTS = f"{HUB}/datasets/karpathy/{{}}/resolve/main"
 CLIMBMIX_LAST = 6542                # number of the last file: validation; the one before is test
 TINYSTORIES_HELD_OUT = 10_000       # first rows: test; as many after them: validation
 TINYSTORIES_ROWS = 250_000          # in a token shard
@@ -182,8 +201,8 @@ class Dataset:
 
 
 DATASETS = {dataset.name: dataset for dataset in (
-    Dataset("climbmix", 2048, 8192, "climbmix", f"{HUB}/climbmix-400b-shuffle/resolve/main"),
-    Dataset("tinystories", 512, 4096, "tinystories", f"{HUB}/tinystories-gpt4-clean/resolve/main"),
+    Dataset("climbmix", 2048, 8192, "climbmix", TEXTS.format("climbmix-400b-shuffle")),
+    Dataset("tinystories", 512, 4096, "tinystories", TEXTS.format("tinystories-gpt4-clean")),
     Dataset("sotu", 256, 4096, "sotu"),
 )}
 
@@ -262,8 +281,10 @@ with suppress(OSError):             # a cache that can't be read is named later
 # ------------------------------------------------------------------------------------------------
 # Download: resumed, retried, checked, and given its name only when it is complete
 
-ATTEMPTS = 6            # per file, with 1, 2, 4, 8, 16 seconds between them
+ATTEMPTS = 6            # per file, 1, 2, 4, 8, 16 seconds apart, or as the server asks
 TIMEOUT = 30            # seconds without a byte
+SLOWEST = 1000          # bytes/s on average over twice that time; slower, and it connects again
+LONGEST_WAIT = 120      # seconds that a server may ask for
 
 
 def download(url, path, bar=None):
@@ -272,6 +293,7 @@ def download(url, path, bar=None):
 
     Raises OSError (requests' errors are) if that fails, or if it isn't what the server announced.
     """
+    import requests
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -282,11 +304,51 @@ def download(url, path, bar=None):
         except OSError as error:
             response = getattr(error, "response", None)
             status = 0 if response is None else response.status_code
+            wait = seconds_to_wait(response, 2 ** attempt)
             # Only these of the 4xx may pass: timeout, wrong range, too many requests.
             permanent = 400 <= status < 500 and status not in (408, 416, 429)
-            if permanent or error.errno or attempt == ATTEMPTS - 1:     # errno: our own disk's
+            permanent |= isinstance(error, (requests.TooManyRedirects, ValueError))
+            # errno: our own disk's
+            if permanent or error.errno or attempt == ATTEMPTS - 1 or wait > LONGEST_WAIT:
                 raise
-            time.sleep(2 ** attempt)
+            time.sleep(wait)
+
+
+def seconds_to_wait(response, otherwise):
+    """What the header Retry-After asks for, in seconds or as a date."""
+    asked = "" if response is None else response.headers.get("Retry-After", "")
+    if asked.isascii() and asked.isdigit():
+        return int(asked)
+    with suppress(ValueError, TypeError):
+        date = parsedate_to_datetime(asked)
+        return max(0, (date - datetime.now(date.tzinfo)).total_seconds())
+    return otherwise
+
+
+def request_headers(url, start, tag):
+    """
+    For a file from byte `start` on, as long as it has that entity tag. A Hugging Face token goes to
+    the hub alone: requests drops it when it is sent on to another host.
+    """
+    headers = {"Accept-Encoding": "identity"}           # a compressed body can't be resumed
+    if start:
+        headers |= {"Range": f"bytes={start}-", "If-Range": tag}
+    if url.startswith(HUB + "/"):
+        from huggingface_hub import get_token
+        if token := get_token():
+            headers["Authorization"] = f"Bearer {token}"
+    return headers
+
+
+def blocks(reply):
+    """The body as it arrives: iter_content() would wait for a whole block, however slow it is."""
+    import requests
+    import urllib3
+    try:
+        while block := reply.raw.read1(1 << 16, decode_content=True):
+            yield block
+    except urllib3.exceptions.HTTPError as error:
+        raise requests.ConnectionError(f"the connection broke ({error})") from None
 
 
 def fetch(url, path, bar=None):
@@ -297,32 +359,45 @@ def fetch(url, path, bar=None):
     tag_file = path.with_name(path.name + ".tag")       # the entity tag of what is in `part`
     tag = tag_file.read_text() if tag_file.exists() else ""
     start = part.stat().st_size if part.exists() and tag else 0
-    headers = {"Accept-Encoding": "identity"}           # a compressed body can't be resumed
-    if start:
-        headers |= {"Range": f"bytes={start}-", "If-Range": tag}
+    headers = request_headers(url, start, tag)
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as reply:
         if reply.status_code == 416:                    # nothing after `start`: begin again
             part.unlink()
         reply.raise_for_status()
-        if reply.status_code != 206:                    # not a part of the file but all of it
+        if reply.status_code == 206:
+            same = reply.headers.get("ETag", tag) == tag
+            if not same or not reply.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+                part.unlink()
+                raise requests.ConnectionError("the server continued with another file")
+        else:                                           # not a part of the file but all of it
             start = 0
-        tag_file.write_text(reply.headers.get("ETag", ""))
+        is_packed = reply.headers.get("Content-Encoding", "identity") != "identity"
+        tag_file.write_text("" if is_packed else reply.headers.get("ETag", ""))
         length = None
-        if "Content-Length" in reply.headers:
+        if reply.headers.get("Content-Length", "").isdigit() and not is_packed:
             rest = int(reply.headers["Content-Length"])
             length = start + rest
             if bar is not None:
                 bar.total = (bar.total or 0) + rest
         with open(part, "ab" if start else "wb") as file:
-            for block in reply.iter_content(1 << 16):
+            since, arrived = time.monotonic(), 0
+            for block in blocks(reply):
                 file.write(block)
                 if bar is not None:
                     bar.update(len(block))
+                arrived += len(block)
+                elapsed = time.monotonic() - since
+                if elapsed > 2 * TIMEOUT:
+                    if arrived < SLOWEST * elapsed:
+                        raise requests.ConnectionError(f"only {arrived:,} bytes in {elapsed:.0f} s")
+                    since, arrived = time.monotonic(), 0
             file.flush()
             os.fsync(file.fileno())
     size = part.stat().st_size
     if length is not None and size != length:
-        raise requests.ConnectionError(f"only {size:,} of {length:,} bytes arrived")
+        if size > length:                               # no more of it can make it right
+            part.unlink()
+        raise requests.ConnectionError(f"{size:,} of {length:,} bytes arrived")
     for sha256 in announced_sha256(reply):
         if file_sha256(part) != sha256:
             part.unlink()
@@ -357,12 +432,18 @@ def check_parquet(path):
     raise OSError(f"{path.name} has no column named text")
 
 
+def file_name(url):
+    """A name for the file of a URL: the last part of its path, if that can be one."""
+    name = Path(urlparse(url).path).name
+    return "download" if name in ("", "..") else name
+
+
 def download_all(urls, folder, workers, command):
     """
     Fetch several URLs into `folder`, `workers` at a time. Returns their paths, or exits naming the
     file, the cause and the `command` that continues.
     """
-    paths = [folder / Path(urlparse(url).path).name for url in urls]
+    paths = [folder / file_name(url) for url in urls]
     missing = [(url, path) for url, path in zip(urls, paths) if not path.exists()]
     if not missing:
         return paths
@@ -373,9 +454,12 @@ def download_all(urls, folder, workers, command):
         for (_, path), job in zip(missing, jobs):
             try:
                 job.result()
-            except OSError as error:
+            except (OSError, ValueError) as error:      # ValueError: a redirect to no address
                 pool.shutdown(wait=False, cancel_futures=True)
-                sys.exit(f"could not download {path.name}: {error}\n"
+                said = printable(f"{path.name}: {error}")
+                if getattr(getattr(error, "response", None), "status_code", 0) in (401, 403):
+                    said += " (if the hub asks for an account, set HF_TOKEN)"
+                sys.exit(f"could not download {said}\n"
                          f"What has arrived is kept. To continue, run: {command}")
     return paths
 
@@ -969,6 +1053,8 @@ def print_summary(run, numbers, line):
         summary["machine"] = f"{100 * load['ours']:.0f}% ours"
         if load["stolen"] > 0.01 * run.training_seconds:
             summary["machine"] += f", the host took {load['stolen']:.0f} core seconds"
+    if line["asleep"]:
+        summary["asleep"] = f"{line['asleep']} s of the training (not counted)"
     if TIME_BUDGET != COMPARABLE_BUDGET:
         summary["time_budget"] = f"{TIME_BUDGET:g} (not comparable)"
     if run.prepare_changed:

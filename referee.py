@@ -543,6 +543,13 @@ def printable(words):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(words))
 
 
+def sleep_clock():
+    """A clock that differs from time.monotonic() by the seconds that the machine was asleep."""
+    if hasattr(time, "CLOCK_BOOTTIME"):
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
+    return time.time() - time.monotonic()               # macOS, Windows: and by what a clock is set
+
+
 class DeviceLocks:
     """
     Locks on what a run trains on, each a file that the kernel unlocks when its holder is gone.
@@ -958,7 +965,7 @@ class Referee:
         self.fill(self.packed)
         self.line["startup_seconds"] = round(self.seconds(), 1)
         self.line["startup_cpu_seconds"] = round(self.cpu_seconds(), 1)
-        self.load_before = self.load()
+        self.load_before, self.asleep_before = self.load(), sleep_clock()
         self.first_batch = time.monotonic()
 
     # -- the number
@@ -974,6 +981,7 @@ class Referee:
         if self.nats is not None:
             sys.exit("FAIL: evaluated twice; a run has one evaluation")
         training = time.monotonic() - self.first_batch
+        self.line["asleep"] = max(0, round(sleep_clock() - self.asleep_before))
         self.line["machine"] = machine_share(
             *(self.load() - self.load_before), training * len(cores_of(self.process)))
         # At least half a second is allowed: 2% of a short budget is less than a machine's hiccup.
@@ -1158,7 +1166,8 @@ class Referee:
                     "attention", "compiled"):
             self.line[key] = numbers.get(key)
         self.end(None)
-        told = "startup_seconds", "evaluation_seconds", "total_seconds", "sealed", "machine"
+        told = ("startup_seconds", "evaluation_seconds", "total_seconds", "sealed", "machine",
+                "asleep")
         self.channel.send("written", {key: self.line.get(key) for key in told})
 
     def fail(self, sentence):

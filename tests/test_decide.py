@@ -281,6 +281,16 @@ def test_a_busy_machine(write, log, answer):
     assert f"run-{KEPT}-43-240005.log has 500 steps" in answer()[0]
 
 
+def test_a_night_has_one_budget(write, log, answer):
+    write(*BASELINE)
+    log(KEPT, 42, 1.299, 9, time_budget="60 (not comparable)")
+    log(IDEA, 42, 1.28, 1, time_budget="60 (not comparable)")
+    assert answer()[0].startswith("keep")
+    log(IDEA, 42, 1.28, 1)
+    words, code = answer()
+    assert code == 1 and "trained for 300 s" in words and "for 60 s: run with the AUTO" in words
+
+
 def test_a_machine_that_others_had_a_part_of(write, log, answer):
     """By the share in the log, whatever the number of steps."""
     write(*BASELINE)
@@ -353,7 +363,7 @@ def test_the_last_kept_commit_itself(write, answer):
     (None, "", dict(), "has no val_bpb: wait if it is still running; delete it if it was stopped "
      f"by mistake; if it crashed, `tail -n 50 run-{IDEA}-42-240001.log` says why"),
     (None, "FAIL: the loss is NaN", dict(), "FAIL: the loss is NaN. Fix the bug and commit on top"),
-    (1.2, "", dict(time_budget="60 (not comparable)"), "'time_budget: 60 (not comparable)': corr"),
+    (1.2, "", dict(extra="60 (not comparable)"), "'extra: 60 (not comparable)': corr"),
     (1.2, "", dict(seed=43), "ran on seed 43: rename it, and run on seed 42"),
     (1.2, "", dict(device="cuda (H100)"), "ran on cuda (H100), the baseline on cpu (2 cores): on")])
 def test_logs_without_a_number_that_compares(val_bpb, text, more, words, write, log, answer):
@@ -564,7 +574,7 @@ def test_runs_one_after_another_are_no_wave(wave, log, answer):
 @pytest.mark.parametrize("val_bpb,text,more,words", [
     (1.2, "FAIL: the loss is NaN", dict(), "FAIL: the loss is NaN. Fix the bug and commit on top"),
     (None, "", dict(), "has no val_bpb: wait if it is still running"),
-    (1.2, "", dict(time_budget="60 (not comparable)"), "'time_budget: 60 (not comparable)': corr"),
+    (1.2, "", dict(extra="60 (not comparable)"), "'extra: 60 (not comparable)': corr"),
     (1.2, "", dict(seed=46), "ran on seed 46: rename it, and run on seed"),
     (1.2, "", dict(device="cuda (H100)"), "ran on cuda (H100), the baseline on cpu (2 cores): on")])
 def test_a_run_of_a_wave_that_does_not_compare(commit, seed, val_bpb, text, more, words, wave,

@@ -1,9 +1,13 @@
 """Downloads from a local server that misbehaves: broken off, truncated, wrong, failing, gone."""
 
+import gzip
 import hashlib
 import http.server
+import os
 import random
 import shutil
+import subprocess
+import sys
 import threading
 
 import pyarrow
@@ -22,47 +26,90 @@ class Server(http.server.ThreadingHTTPServer):
         self.files = {}
         self.faults = []
         self.ranges = []        # the Range header of each request for a file, or None
+        self.tokens = []        # the Authorization header of each request, or None
+        self.sleeps = []        # seconds that prepare.py slept between attempts
+        self.stopped = threading.Event()
         self.tag = None
         threading.Thread(target=self.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
+    """A fault is a status, a dict of headers to add or change, or a word."""
+
     def log_message(self, *_):
         pass
 
     def do_GET(self):
-        body = self.server.files.get(self.path)
-        fault = self.server.faults.pop(0) if self.server.faults else None
+        server = self.server
+        body = server.files.get(self.path)
+        fault = server.faults.pop(0) if server.faults else None
+        server.tokens.append(self.headers.get("Authorization"))
+        if isinstance(fault, tuple):                    # a status with headers
+            self.send_response(fault[0])
+            for name, value in fault[1].items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", 0)
+            return self.end_headers()
         if isinstance(fault, int):
             return self.send_error(fault)
         if body is None:
             return self.send_error(404)
-        tag = self.server.tag or f'"{hashlib.sha256(body).hexdigest()}"'
+        if fault == "hang up":
+            return self.connection.close()
+        tag = server.tag or f'"{hashlib.sha256(body).hexdigest()}"'
         asked = self.headers.get("Range")
-        self.server.ranges.append(asked)
+        server.ranges.append(asked)
         start = 0
-        if asked and fault != "no range" and self.headers.get("If-Range") == tag:
+        glued = fault in ("other tag", "other range")   # continues with a file that has changed
+        if asked and fault != "no range" and (glued or self.headers.get("If-Range") == tag):
             start = int(asked.removeprefix("bytes=").removesuffix("-"))
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", len(body) - start)
-        self.send_header("ETag", tag)
-        self.end_headers()
         part = body[start:]
-        if fault == "cut":
-            part = part[:len(part) // 2]
-            self.close_connection = True
-        if fault == "wrong bytes":
-            part = bytes(len(part))
-        self.wfile.write(part)
+        headers = {"Content-Length": len(part), "ETag": tag}
+        if start:
+            first = start + (fault == "other range")
+            headers["Content-Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"
+        match fault:
+            case "other tag": headers["ETag"] = '"another"'
+            case "cut": part = part[:len(part) // 2]
+            case "wrong bytes": part = bytes(len(part))
+            case "no length" | "no length, cut": del headers["Content-Length"]
+            case "too long": headers["Content-Length"] += 7
+            case "gzip":
+                part = gzip.compress(part)
+                headers |= {"Content-Encoding": "gzip", "Content-Length": len(part)}
+            case "chunked" | "chunked, cut":
+                del headers["Content-Length"]
+                headers["Transfer-Encoding"] = "chunked"
+        self.send_response(206 if start else 200)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if fault in ("chunked", "chunked, cut"):
+            half = len(part) // 2
+            part = b"%x\r\n%b\r\n" % (half, part[:half]) + b"%x\r\n%b\r\n0\r\n\r\n" % (
+                len(part) - half, part[half:])
+            if fault == "chunked, cut":
+                part = part[:half + 100]
+        if fault in ("stall", "trickle"):
+            self.wfile.write(part[:1000])
+            for byte in range(1000, 1050):
+                if server.stopped.wait(0.1 if fault == "trickle" else 5):
+                    break
+                self.wfile.write(part[byte:byte + 1])
+        else:
+            self.wfile.write(part)
+        self.close_connection = True
 
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
     server = Server()
+    monkeypatch.setattr(prepare.time, "sleep", server.sleeps.append)
     yield server
+    server.stopped.set()
     server.shutdown()
+    server.server_close()
 
 
 BODY = bytes(range(256)) * 9000         # 2.3 MB: more than one block
@@ -78,12 +125,102 @@ def test_a_download_broken_off_twice_goes_on_where_it_stopped(server, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin"]
 
 
-@pytest.mark.parametrize("faults", [[500, 503, 429], ["wrong bytes"], ["cut", "no range"]])
-def test_errors_wrong_bytes_and_servers_without_ranges_are_survived(server, tmp_path, faults):
-    server.files["/a.bin"] = BODY
-    server.faults = faults
+OLD_DATE = "Wed, 21 Oct 2015 07:28:00 GMT"
+
+
+@pytest.mark.parametrize("faults", [
+    [500, 503, 429, 408], ["hang up"], ["stall"], ["trickle"], ["wrong bytes"],
+    ["cut", "no range"], ["cut", 416], ["cut", "other tag"], ["cut", "other range"],
+    ["no length"], ["no length, cut"], ["too long"], ["gzip"], ["cut", "gzip"], ["chunked"],
+    ["chunked, cut"], [(503, {"Retry-After": "30"})], [(429, {"Retry-After": OLD_DATE})],
+    [(429, {"Retry-After": "soon"})], [(302, {"Location": "/b.bin"})],
+    [(307, {"Location": "http://localhost:{port}/b.bin"}), "cut"]], ids=str)
+def test_fault_that_passes_ends_with_the_right_bytes(faults, server, tmp_path, monkeypatch):
+    """Each at the first request, or at one after the other."""
+    monkeypatch.setattr(prepare, "TIMEOUT", 0.5)
+    server.files |= {"/a.bin": BODY, "/b.bin": BODY}
+    for fault in faults:
+        if isinstance(fault, tuple) and "Location" in fault[1]:
+            where = fault[1]["Location"].format(port=server.server_port)
+            fault = fault[0], {"Location": where}
+        server.faults.append(fault)
     prepare.download(server.url + "/a.bin", tmp_path / "a.bin")
     assert (tmp_path / "a.bin").read_bytes() == BODY
+    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
+    assert not server.faults and len(server.sleeps) <= len(faults)
+    if "'30'" in str(faults):
+        assert server.sleeps == [30]
+    if OLD_DATE in str(faults):
+        assert server.sleeps == [0]
+
+
+@pytest.mark.parametrize("name,faults,words", [
+    ("a.bin", [500] * 6, "500"),
+    ("a.bin", [404], "404"),
+    ("a.bin", [401], "401 Client Error: Unauthorized.*set HF_TOKEN"),
+    ("a.bin", [(429, {"Retry-After": "7200"})], "429"),
+    ("a.bin", [(302, {"Location": "/a.bin"})] * 40, "redirects"),
+    ("a.bin", [(302, {"Location": "http://[broken"})], "a.bin"),
+    ("a.bin", ["cut"] * 6, "the connection broke"),
+    ("cut.parquet", [], "not a parquet file"),
+    ("page.parquet", [], "not a parquet file"),
+    ("a%2f..%2fb\x1b[31m.bin", [404], r"b%1B\[31m.bin|b\\x1b\[31m.bin")], ids=str)
+def test_fault_that_stays_ends_in_a_sentence_and_loses_nothing(name, faults, words, server,
+                                                               tmp_path):
+    cut = parquet(["text"])[:-9]
+    server.files |= {"/a.bin": BODY, "/good.bin": BODY, "/cut.parquet": cut,
+                     "/page.parquet": b"<html>please log in</html>"}
+    prepare.download_all([server.url + "/good.bin"], tmp_path, 1, "uv run prepare.py")
+    server.faults = list(faults)
+    with pytest.raises(SystemExit, match=words) as stop:
+        prepare.download_all([f"{server.url}/good.bin", f"{server.url}/{name}"], tmp_path, 1,
+                             "uv run prepare.py")
+    assert "To continue, run: uv run prepare.py" in str(stop.value)
+    assert "\x1b" not in str(stop.value)
+    assert (tmp_path / "good.bin").read_bytes() == BODY
+    assert not [path for path in tmp_path.iterdir() if path.suffix not in (".part", ".tag")
+                and path.name != "good.bin"]
+    server.faults = []
+    if name == "a.bin":                                 # the state that it left can be gone on from
+        prepare.download(f"{server.url}/{name}", tmp_path / name)
+        assert (tmp_path / name).read_bytes() == BODY
+
+
+def test_fault_of_the_own_disk_is_not_tried_again(server, tmp_path, monkeypatch):
+    server.files["/a.bin"] = BODY
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        prepare.download(server.url + "/a.bin", tmp_path / "a.bin")
+    assert not server.sleeps and len(server.ranges) == 1
+
+
+@pytest.mark.parametrize("url,name", [
+    ("http://host/a/b.txt?download=1", "b.txt"), ("http://host/a/..", "download"),
+    ("http://host", "download"), ("http://host/a%2f..%2fb.txt", "a%2f..%2fb.txt")])
+def test_names_of_files_stay_in_their_folder(url, name):
+    assert prepare.file_name(url) == name
+
+
+def test_a_token_goes_to_the_hub_alone(server, tmp_path, monkeypatch):
+    """Not to the host that the hub sends it on to, nor to other servers."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(prepare, "HUB", f"http://localhost:{server.server_port}")
+    server.files |= {"/a.bin": BODY, "/b.bin": BODY}
+    server.faults = [(302, {"Location": f"{server.url}/b.bin"})]
+    prepare.download(f"{prepare.HUB}/a.bin", tmp_path / "a.bin")
+    prepare.download(f"{server.url}/b.bin", tmp_path / "b.bin")
+    assert server.tokens == ["Bearer hf_secret", None, None]
+
+
+def test_the_hub_is_the_one_of_hf_endpoint():
+    code = "import prepare; print(prepare.DATASETS['climbmix'].url)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True,
+                           env=os.environ | {"HF_ENDPOINT": "http://mirror:8080/"}).stdout
+    assert found == "http://mirror:8080/datasets/karpathy/climbmix-400b-shuffle/resolve/main\n"
 
 
 def test_two_versions_of_a_file_are_never_glued_together(server, tmp_path):

@@ -138,6 +138,7 @@ def test_a_night_that_moves_to_another_machine(execute, names):
                 run_line("1111111", 1.36, 1.345, device="slow"),
                 run_line("2222222", 1.37, 1.35, device="fast")]
     named = [row.replace("baseline", "baseline on fast") for row in NIGHT[:3]]
+    named[0] += ", seed 42"
     text = execute(named + NIGHT[3:4] + moved, journal, picture=True)
     assert "baseline 1.300000 over 3 runs, noise 0.001000, margin 0.005000 on fast" in text
     assert "baseline 1.381000 over 2 runs, noise 0.001414, margin 0.007071 on slow" in text
@@ -155,7 +156,8 @@ def test_a_night_that_moves_to_another_machine(execute, names):
     (dict(referee_sha256="b" * 64), "another referee.py"),
     (dict(reseeded=True), "seed of its own"),
     (dict(seed=7), "ran with seed 7, which the row does not say"),
-    (dict(time_budget=600), "time budget 600"),
+    (dict(time_budget=600), "time budget 600 s, the first run's 300"),
+    (dict(machine={"ours": 0.6, "stolen": 0.0}), "others had 40% of the machine"),
     (dict(dirty=True), "not committed"),
     (dict(val_bpb=1.4), "the journal 1.400000"),
     (dict(commit="9999999"), "no run of this commit")])
@@ -164,6 +166,41 @@ def test_a_row_that_the_journal_contradicts_is_named(change, words, execute):
     journal[3] |= change
     lines = [line for line in execute(NIGHT, journal).splitlines() if "#3 bbbbbb2" in line]
     assert len(lines) == 1 and words in lines[0]
+
+
+def test_a_night_at_another_budget_is_a_night_of_its_own(execute):
+    text = execute(NIGHT[:4], [line | {"time_budget": 60.0} for line in JOURNAL[:4]])
+    assert "A night at a time budget of 60.0 s: its numbers compare among themselves" in text
+    assert "Look at" not in text and "twice the steps: held up" in text
+    assert "time budget" not in execute(NIGHT[:4], JOURNAL[:4])
+
+
+def test_an_earlier_night_in_the_journal_casts_no_doubt(execute):
+    """It had another harness, and slow evaluations; this night starts with its own first row."""
+    before = [run_line(f"000000{n}", 1.5, 1.5, time="2026-11-20T01:00:00+0000", seed=n,
+                       evaluation_seconds=1, prepare_sha256="b" * 64) for n in range(5)]
+    text = execute(NIGHT[:4], before + JOURNAL[:4])
+    assert "Look at" not in text and "Every row agrees" in text
+    assert "0 runs in the journal are in no row" in text
+
+
+@pytest.mark.parametrize("words", [
+    "seed 64 rows of the table with their neighbors", "seeds drawn per row", "again: a softer cap",
+    "baseline on a diet", "baseline attention in fewer blocks", "Again"])
+def test_an_idea_may_begin_with_the_words_of_other_rows(words, execute):
+    rows = NIGHT[:3] + [f"bbbbbb2\t1.280000\t1.1\tkeep\t{words}"]
+    text = execute(rows, JOURNAL[:4])
+    assert f"#3 {words}: held up (gain +0.0200" in text
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "-1", "1e999", "-0.0"])
+def test_a_number_that_is_none_is_named(value, execute):
+    rows = NIGHT[:3] + [f"bbbbbb2\t{value}\t1.1\tkeep\tlucky"]
+    text = execute(rows, JOURNAL[:3] + [run_line("bbbbbb2", float(value), float(value))])
+    assert "skipped: results.tsv, line 5: status keep, but val_bpb" in text
+    assert "Nothing was better than the baseline" in text
+    crashed = NIGHT[:3] + [f"bbbbbb2\t{value}\tinf\tcrash\tfailed"]
+    assert "4 experiments" in execute(crashed, JOURNAL[:3])
 
 
 def test_what_was_verified_comes_first_and_is_compared_only_with_itself(execute):

@@ -1,0 +1,181 @@
+"""program.md's own commands, taken from its text, in a clone whose train.py takes a moment."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from children import ROOT
+
+TEXT = (ROOT / "program.md").read_text()
+
+# Prints what decide.py reads. What it is told comes from its own last lines, as an idea's would.
+STUB = '''
+import os, time
+if os.environ.get("STOP"):
+    time.sleep(60)
+print("---")
+seed = os.environ["AUTORESEARCH_SEED"]
+bpb = {{"42": {0}, "43": {1}}}.get(seed, 1.2501)
+for key, value in dict(val_bpb=f"{{bpb:.6f}}", peak_vram_mb=1024.0, num_steps=100,
+                       device="cpu (test, 2 cores)", seed=seed, machine="100% ours").items():
+    print(f"{{key + ':':<17}} {{value}}")
+'''
+
+
+def commands(heading, containing):
+    """The indented block below a heading of program.md that contains these words."""
+    section = TEXT.split(f"\n## {heading}")[1].split("\n## ")[0]
+    blocks = re.findall(r"(?:^ {4,}\S.*\n)+", section, re.M)
+    [block] = [block for block in blocks if containing in block]
+    return "\n".join(line.strip() for line in block.splitlines())
+
+
+def inline(containing):
+    """The command between backquotes, broken over lines or not, that contains these words."""
+    quoted = [" ".join(each.split()) for each in re.findall(r"`([^`]+)`", TEXT)]
+    [command] = {each for each in quoted if containing in each}
+    return command
+
+
+RUN = commands("Running an experiment", "nohup uv run train.py")
+WAIT = commands("Running an experiment", "kill -0")
+TABLE = commands("Setup", "printf")
+DISCARD = commands("The loop, forever", "update-ref")
+COMMIT = inline("git commit -m")
+STOP = inline("kill $(cat run.pid)")
+ALIVE = inline("kill -0 $(cat run.pid)")
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A clone on the branch of a night; shell(script): its output. uv runs this Python there."""
+    folder = tmp_path / "clöne of autoresearch"
+    subprocess.run(["git", "clone", "-q", ROOT, folder], check=True)
+    for name in "program.md", "decide.py", ".gitignore":
+        (folder / name).write_text((ROOT / name).read_text())
+    (tmp_path / "bin").mkdir()
+    uv = tmp_path / "bin" / "uv"
+    uv.write_text(f'#!/bin/sh\n[ "$1" = run ] && shift\nexec {sys.executable} "$@"\n')
+    uv.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    environment |= {f"GIT_{who}_{what}": "night@example.org" for who in ("AUTHOR", "COMMITTER")
+                    for what in ("NAME", "EMAIL")}
+
+    def shell(script, **more):
+        result = subprocess.run(["bash", "-c", script], cwd=folder, env=environment | more,
+                                text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return result.stdout.strip()
+
+    (folder / "train.py").write_text(STUB.format(1.25, 1.2501))
+    shell("git checkout -qb autoresearch/test && git add -A && git commit -qm stub && "
+          "git branch -f main && " + TABLE)
+    return folder, shell
+
+
+def run(shell, seed):
+    """Run train.py on a seed as program.md says; its log's name."""
+    script = RUN.replace("-42-", f"-{seed}-").replace("SEED=42", f"SEED={seed}")
+    return shell(script + "\n" + WAIT + "\necho; echo $log").splitlines()[-1]
+
+
+def row(folder, commit, bpb, status, words):
+    with open(folder / "results.tsv", "a") as file:
+        file.write(f"{commit}\t{bpb:.6f}\t1.0\t{status}\t{words}\n")
+
+
+def idea(folder, shell, *bpb):
+    """Write an idea into train.py and commit it. Returns its hash."""
+    (folder / "train.py").write_text(STUB.format(*bpb))
+    shell(COMMIT.replace('"<the idea, and why it should help>"', "'an idea'"))
+    return shell("git rev-parse --short HEAD")
+
+
+def baselines(folder, shell):
+    """Four runs and their rows; decide.py asks for each that is missing."""
+    kept = shell("git rev-parse --short HEAD")
+    for number, seed in enumerate((42, 43, 44)):
+        if number:
+            said = shell("uv run decide.py")
+            assert f"{4 - number} of 4 baselines missing: run {kept} on seed {seed} first" in said
+        assert run(shell, seed).startswith(f"run-{kept}-{seed}-")
+        row(folder, kept, 1.25, "keep", f"baseline on cpu (test, 2 cores), seed {seed}")
+    row(folder, kept, 1.2502, "keep", "again, seed 42")
+    assert "nothing to decide" in shell("uv run decide.py")
+    return kept
+
+
+def test_the_loop_keeps_discards_crashes_and_runs_pairs(clone):
+    folder, shell = clone
+    kept = baselines(folder, shell)
+    steering = (folder / "program.md").read_text() + "\nTry smaller models.\n"
+    (folder / "program.md").write_text(steering)            # the human, in the middle of the night
+
+    better = idea(folder, shell, 1.24, 1.24)
+    assert "run-" in shell("uv run decide.py") and "first" in shell("uv run decide.py")
+    run(shell, 42)
+    assert shell("uv run decide.py").startswith("keep: gain +0.010100")
+    row(folder, better, 1.24, "keep", "better")
+
+    worse = idea(folder, shell, 1.26, 1.26)
+    run(shell, 42)
+    assert shell("uv run decide.py").startswith("discard: gain -0.020000")
+    row(folder, worse, 1.26, "discard", "worse")
+    table = (folder / "results.tsv").read_text()
+    discard = DISCARD.replace("<tag>", "test").replace("<last kept hash>", better)
+    shell(discard)
+    assert shell("git rev-parse --short HEAD") == better
+    assert shell("git for-each-ref refs/discarded").endswith(f"refs/discarded/test/{worse}")
+    assert (folder / "results.tsv").read_text() == table
+    assert (folder / "program.md").read_text() == steering
+
+    near = idea(folder, shell, 1.2388, 1.2385)
+    run(shell, 42)
+    assert shell("uv run decide.py").startswith("run the pair: gain +0.001200")
+    run(shell, 43)
+    assert f"now run {better} on seed 43" in shell("uv run decide.py")
+    shell(f"git checkout --detach {better}")
+    run(shell, 43)
+    shell("git checkout autoresearch/test")
+    assert shell("uv run decide.py").startswith("discard: gain +0.001200")
+    assert shell("git rev-parse --short HEAD") == near
+    shell(discard)
+
+    (folder / "train.py").write_text("raise ValueError('a bug')")
+    shell(COMMIT.replace('"<the idea, and why it should help>"', "'a crash'"))
+    log = run(shell, 42)
+    assert "ValueError: a bug" in (folder / log).read_text()
+    assert "has no val_bpb" in shell("uv run decide.py")
+    crash = shell("git rev-parse --short HEAD")
+    row(folder, crash, 0, "crash", "a bug")
+    shell(discard)
+    assert shell("git rev-parse --short HEAD") == better != kept
+    assert shell("git status --short") == "M program.md"
+
+
+def test_picking_up_finds_its_own_run_alone(clone):
+    folder, shell = clone
+    other = subprocess.Popen(["tail", "-f", folder / "train.py"], stdout=subprocess.DEVNULL)
+    alive = f"{ALIVE} && echo alive || echo gone"
+    shell(RUN, STOP="1")
+    assert shell(alive).endswith("alive")
+    shell(STOP)
+    for _ in range(50):
+        if shell(alive).endswith("gone"):
+            break
+        time.sleep(0.1)
+    assert shell(alive).endswith("gone") and other.poll() is None
+    other.kill()
+    other.wait()
+
+
+def test_in_a_worktree_the_same_commands_work(clone, tmp_path):
+    folder, shell = clone
+    shell(f"git worktree add -q -b autoresearch/other '{tmp_path}/tree' main")
+    log = shell("\n".join([f"cd '{tmp_path}/tree'", RUN, WAIT, "echo; echo $log"])).split()[-1]
+    assert "val_bpb" in (tmp_path / "tree" / log).read_text()
+    assert "results.tsv has no baseline" in shell(
+        f"cd '{tmp_path}/tree'; {TABLE}; uv run decide.py")
