@@ -2,12 +2,14 @@
 
 import multiprocessing
 import os
+import queue
 import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -24,6 +26,8 @@ def script(path, arguments, cwd, environment, output):
     """In the child: run a script as the main program, with its output in a file."""
     os.chdir(cwd)
     os.environ.update(environment)
+    if "CORE" in environment:
+        os.sched_setaffinity(0, {int(environment["CORE"])})
     with open(output, "wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -50,6 +54,26 @@ def forked(path, *arguments, cwd=None, **environment):
                 child.kill()
             child.join()
         return subprocess.CompletedProcess([path], child.exitcode, output.read())
+
+
+def one_a_core(job, names):
+    """
+    {name: job(name, core)}: one at a time on each core of this machine. Two runs on one core would
+    refuse to run together.
+    """
+    cores = queue.SimpleQueue()
+    for core in os.sched_getaffinity(0):
+        cores.put(core)
+
+    def on_a_core(name):
+        core = cores.get()
+        try:
+            return job(name, core)
+        finally:
+            cores.put(core)
+
+    with ThreadPoolExecutor(cores.qsize()) as pool:
+        return dict(zip(names, pool.map(on_a_core, names)))
 
 
 def program(name, *arguments, cwd=ROOT, **environment):

@@ -13,12 +13,11 @@ import subprocess
 import sys
 import textwrap
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import prepare
-from children import ROOT, copy_programs, forked, program
+from children import ROOT, copy_programs, forked, one_a_core, program
 
 # ------------------------------------------------------------------------------------------------
 # Patches of small.py: lists of (old, new)
@@ -561,7 +560,7 @@ def last_line(cache):
         time.sleep(0.1)
 
 
-def launch(patches, folder, small_cache, cache="cache"):
+def launch(patches, folder, small_cache, cache="cache", **more):
     """Run a variant with a journal of its own: its output, exit status and journal line."""
     cache, clone = folder / cache, folder / "clone"
     clone.mkdir(parents=True)
@@ -571,13 +570,14 @@ def launch(patches, folder, small_cache, cache="cache"):
     copy_programs(clone)
     (clone / "train.py").write_text(patched(patches))
     child = forked(clone / "train.py", AUTORESEARCH_CACHE_DIR=cache, AUTORESEARCH_TIME_BUDGET=1,
-                   THREADS=1)
+                   THREADS=1, **more)
+    assert "another run is at work" not in child.stdout
     return child.stdout, child.returncode, last_line(cache)
 
 
 @pytest.fixture(scope="module")
 def results(small_cache, tmp_path_factory):
-    """What launch() returns for every variant. Two run at a time, on a thread each."""
+    """What launch() returns for every variant."""
     jobs = {name: [] for name in AS_IT_IS}
     jobs |= {name: FEW_STEPS + patches for name, (_, patches) in MISTAKES.items()}
     jobs |= {name: patches for name, (_, patches) in SLOW_MISTAKES.items()}
@@ -585,11 +585,10 @@ def results(small_cache, tmp_path_factory):
     jobs |= TAMPERING
     jobs |= {name: FEW_STEPS + patches for name, patches in HONEST.items()}
 
-    def job(name):
-        return launch(jobs[name], tmp_path_factory.mktemp("variant"), small_cache)
+    def job(name, core):
+        return launch(jobs[name], tmp_path_factory.mktemp("variant"), small_cache, CORE=core)
 
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(jobs, pool.map(job, jobs)))
+    return one_a_core(job, jobs)
 
 
 def says_no_number(output, status):
@@ -673,13 +672,13 @@ class Repository:
         git(self.folder, "checkout", "-q", "main")
         return commit
 
-    def verify(self, *arguments):
+    def verify(self, *arguments, **more):
         return forked(self.folder / "verify.py", *arguments, AUTORESEARCH_CACHE_DIR=self.cache,
-                      AUTORESEARCH_TIME_BUDGET=1, OMP_NUM_THREADS=1)
+                      AUTORESEARCH_TIME_BUDGET=1, OMP_NUM_THREADS=1, **more)
 
-    def verified(self, commit):
+    def verified(self, commit, core):
         """Verify a commit: what verify.py prints, the log of the run and its journal line."""
-        output = self.verify(commit, "--seeds", "1").stdout
+        output = self.verify(commit, "--seeds", "1", CORE=core).stdout
         [log] = self.folder.glob(f"verify-{commit[:7]}-*.log")
         journal = (self.cache / "journal.jsonl").read_text().splitlines()
         lines = [json.loads(line) for line in journal]
@@ -701,8 +700,7 @@ def verified(repository):
     jobs = {}
     for name, patches in (VERIFIED_HONEST | DECEIT).items():
         jobs[name] = repository.commit("train.py", patched(FEW_STEPS + patches))
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(jobs, pool.map(repository.verified, jobs.values())))
+    return one_a_core(lambda name, core: repository.verified(jobs[name], core), jobs)
 
 
 @pytest.mark.parametrize("name", DECEIT)
