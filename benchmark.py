@@ -256,10 +256,14 @@ def as_on_cuda(counter):
         yield module
 
 
-def counts(name):
-    """(kernels, bytes) of a step of a recipe by part, and of showing 65,536 tokens for val_bpb."""
+def counts(name, **changes):
+    """
+    (kernels, bytes) of a step of a recipe by part, and of showing 65,536 tokens for val_bpb.
+    changes: hyperparameters that replace the recipe's.
+    """
     dataset = prepare.DATASETS[name]
     h, context = recipe(dataset), dataset.context
+    vars(h).update(changes)
     counter, found = Counter(), {}
 
     def part(name, function, *arguments):

@@ -40,13 +40,15 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlparse
+
+from filelock import FileLock, Timeout
 
 from seal import seal
 
@@ -84,6 +86,8 @@ SEED = setting("SEED", 42, int)                         # of the data order and 
 TIME_BUDGET = setting("TIME_BUDGET", 300, float)        # seconds of training
 WAIT = setting("WAIT", "")                              # for another run on this device to end
 VERIFIED = "AUTORESEARCH_REFEREE" in os.environ         # verify.py has started the referee
+if not 0 <= SEED < 2**63:
+    sys.exit(f"AUTORESEARCH_SEED={SEED} is not between 0 and 2^63; unset it or change it")
 if not TIME_BUDGET > 0:
     sys.exit(f"AUTORESEARCH_TIME_BUDGET={TIME_BUDGET:g} leaves no time to train; "
              "unset it or set it to a number of seconds above 0 (default 300)")
@@ -96,6 +100,19 @@ if not TIME_BUDGET > 0:
 referees = []           # keeps the Popen objects: the pipes would close with them
 
 
+STALE = 60              # seconds after which a folder without a referee is nobody's
+
+
+def sweep():
+    """Remove what runs whose referee was killed have left in the folder for temporary files."""
+    for folder in Path(tempfile.gettempdir()).glob("autoresearch-????????"):
+        with suppress(OSError, Timeout):
+            if time.time() - folder.stat().st_mtime > STALE:
+                with FileLock(folder / "lock", timeout=0):
+                    pass
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 def start_referee():
     """Start the referee, or take verify.py's: (pipe to read, pipe to write, shared folder)."""
     if VERIFIED:            # the pipes to it are standard input and output
@@ -103,6 +120,7 @@ def start_referee():
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(2, 1)       # what train.py prints goes to its log, as its errors do
         return *pipes, os.environ.pop("AUTORESEARCH_REFEREE")
+    sweep()
     scratch = os.path.realpath(tempfile.mkdtemp(prefix="autoresearch-"))
     settings = {"pid": os.getpid(), "program": os.path.abspath(sys.argv[0]), "cache": str(CACHE),
                 "scratch": scratch, "seed": SEED, "budget": TIME_BUDGET}
@@ -150,7 +168,6 @@ import cloudpickle
 import numpy as np
 import psutil
 import torch
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import machine
@@ -200,6 +217,7 @@ class Dataset:
     shards: tuple = ()      # names of the token shards that were made of it
 
 
+DATASET_FIELDS = {field.name: field.type for field in fields(Dataset)}
 DATASETS = {dataset.name: dataset for dataset in (
     Dataset("climbmix", 2048, 8192, "climbmix", TEXTS.format("climbmix-400b-shuffle")),
     Dataset("tinystories", 512, 4096, "tinystories", TEXTS.format("tinystories-gpt4-clean")),
@@ -249,13 +267,18 @@ def write_json(path, value):
 
 
 def read_json(path, default=None):
-    """What write_json() wrote, or the default without a file. Exits if the file is corrupted."""
+    """
+    The dict that write_json() wrote, or the default without a file. Exits if the file is corrupted.
+    """
     try:
-        return json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return default
-    except ValueError:
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
         sys.exit(f"{path} is corrupted; delete it and run: uv run prepare.py")
+    return value
 
 
 class Lines:
@@ -670,17 +693,26 @@ def make_shard(folder, name, documents, tokenizer, workers):
     with write_file(folder / f"{name}.offsets.npy") as file:
         np.save(file, offsets)
     return {"documents": len(pieces), "tokens": len(tokens), "bytes": size,
-            "sha256": file_sha256(folder / f"{name}.npy"), "text_sha256": text_sha256.hexdigest()}
+            "sha256": file_sha256(folder / f"{name}.npy"),
+            "offsets_sha256": file_sha256(folder / f"{name}.offsets.npy"),
+            "text_sha256": text_sha256.hexdigest()}
 
 # ------------------------------------------------------------------------------------------------
 # The command line
 
 def chosen_dataset():
     """The Dataset that prepare.py was last run for. Exits with the command to run if none was."""
-    choice = read_json(CACHE / "dataset.json")
+    path = CACHE / "dataset.json"
+    choice = read_json(path)
     if choice is None:
         sys.exit(f"no data is prepared in {CACHE}; run: uv run prepare.py")
-    return Dataset(**choice | {"shards": tuple(choice["shards"])})
+    with suppress(TypeError, KeyError):
+        dataset = Dataset(**choice | {"shards": tuple(choice["shards"])})
+        right = [type(value) is DATASET_FIELDS[name] for name, value in vars(dataset).items()]
+        right += [type(shard) is str for shard in dataset.shards]
+        if all(right) and dataset.recipe in DATASETS and dataset.context > 0:
+            return dataset
+    sys.exit(f"{path} is corrupted; delete it and run: uv run prepare.py")
 
 
 def choose(arguments):
@@ -735,30 +767,39 @@ def prepare(dataset, vocab_size, num_shards, workers, command, skip=False):
 
     def is_done(name):
         """Whether a shard is whole, was made of this text and, if evaluated, of as much of it."""
-        try:
-            open_shard(folder, name, manifest[name])
-        except (OSError, ValueError, KeyError):
+        entry = manifest.get(name)
+        if not isinstance(entry, dict) or "offsets_sha256" not in entry:
             return False
-        entry = manifest[name]
+        try:
+            open_shard(folder, name, entry)
+        except (OSError, ValueError):
+            return False
         same_size = name.startswith("train") or entry.get("eval_bytes") == dataset.eval_bytes
         return same_size and entry.get("state") == state
 
+    tokenizer_file = folder / "tokenizer.b64"
+    noted = manifest.get("tokenizer")
+    if noted and tokenizer_file.exists() and noted != {"sha256": file_sha256(tokenizer_file)}:
+        sys.exit(f"{tokenizer_file} is corrupted; delete {folder} and run: {command}")
     known = sum(name.startswith("train") for name in dataset.shards)    # from a previous run
-    if known and num_shards in (None, known) and all(map(is_done, dataset.shards)):
+    if noted and known and num_shards in (None, known) and all(map(is_done, dataset.shards)):
         return False
 
     reader = READERS.get(dataset.name) or partial(own_text, skip=skip)
     shards = reader(dataset, num_shards or known or 10, workers, command)
-    if not (folder / "tokenizer.b64").exists():
+    if not tokenizer_file.exists():
+        manifest = {}                   # tokens of another tokenizer are of no use
         start = time.monotonic()
         train = [read() for name, read in shards.items() if name.startswith("train")]
         tokens = train_tokenizer(itertools.chain(*train), vocab_size)
-        with write_file(folder / "tokenizer.b64") as file:
+        with write_file(tokenizer_file) as file:
             for token in tokens:
                 file.write(base64.b64encode(token) + b"\n")
         print(f"tokenizer: {vocab_size:,} tokens, trained in {time.monotonic() - start:.1f} s")
 
     tokenizer = load_tokenizer(folder)
+    manifest["tokenizer"] = {"sha256": file_sha256(tokenizer_file)}
+    write_json(folder / "manifest.json", manifest)
     for name, read in shards.items():
         if is_done(name):
             continue
@@ -1049,10 +1090,15 @@ def print_summary(run, numbers, line):
         "attention": numbers["attention"] + ("" if numbers["compiled"] else ", not compiled"),
         "sealed": "yes" if line["sealed"] else "no",
     }
-    if load := line["machine"]:
-        summary["machine"] = f"{100 * load['ours']:.0f}% ours"
+    load, words = line["machine"] or {}, []
+    if "ours" in load:
+        words.append(f"{100 * load['ours']:.0f}% ours")
         if load["stolen"] > 0.01 * run.training_seconds:
-            summary["machine"] += f", the host took {load['stolen']:.0f} core seconds"
+            words.append(f"the host took {load['stolen']:.0f} core seconds")
+    if "mhz" in load:
+        words.append(f"GPU at {load['mhz']} of {load['max_mhz']} MHz")
+    if words:
+        summary["machine"] = ", ".join(words)
     if line["asleep"]:
         summary["asleep"] = f"{line['asleep']} s of the training (not counted)"
     if TIME_BUDGET != COMPARABLE_BUDGET:

@@ -74,11 +74,17 @@ def open_shard(folder, name, entry):
 
     Raises ValueError or OSError if the files do not match `entry`, the shard's in the manifest.
     """
-    tokens = np.load(folder / f"{name}.npy", mmap_mode="r")
-    offsets = np.load(folder / f"{name}.offsets.npy")
-    if len(offsets) != entry["documents"] + 1:
+    try:
+        tokens = np.load(folder / f"{name}.npy", mmap_mode="r")
+        offsets = np.load(folder / f"{name}.offsets.npy")
+        documents, count = entry["documents"], entry["tokens"]
+    except OSError:
+        raise
+    except Exception as error:      # what numpy raises on a damaged header is of many kinds
+        raise ValueError(f"{name}: {error}") from None
+    if offsets.ndim != 1 or offsets.dtype != np.int64 or len(offsets) != documents + 1:
         raise ValueError(f"{name}: the number of documents differs from the manifest")
-    if tokens.dtype != np.uint16 or not len(tokens) == offsets[-1] == entry["tokens"]:
+    if tokens.ndim != 1 or tokens.dtype != np.uint16 or not len(tokens) == offsets[-1] == count:
         raise ValueError(f"{name}: the number of tokens differs from the manifest")
     if offsets[0] != 0 or (np.diff(offsets) < 0).any():
         raise ValueError(f"{name}: the offsets of its documents are not ascending from 0")
@@ -86,12 +92,11 @@ def open_shard(folder, name, entry):
 
 
 def checked_shard(folder, name, entry):
-    """open_shard(), once its tokens have the sha256 of the manifest. Exits if they do not."""
-    try:
-        if file_sha256(folder / f"{name}.npy") == entry["sha256"]:
+    """open_shard(), once its files have the sha256 of the manifest. Exits if they do not."""
+    with suppress(OSError, ValueError, KeyError):
+        found = [file_sha256(folder / f"{name}{end}") for end in (".npy", ".offsets.npy")]
+        if found == [entry["sha256"], entry["offsets_sha256"]]:
             return open_shard(folder, name, entry)
-    except (OSError, ValueError):
-        pass
     sys.exit(f"FAIL: {folder / name}.npy is corrupted; delete {folder} and run: uv run prepare.py")
 
 
@@ -532,7 +537,7 @@ def machine_share(own, busy, stolen, all_seconds):
     and what there was. Others took nothing from it as long as cores were idle.
     """
     if not own > 0:                                     # it can't be told here
-        return None
+        return {}
     idle = max(0, all_seconds - busy - stolen)
     ours = min(1, (own + idle) / (max(own, busy) + stolen))
     return {"ours": round(ours, 3), "stolen": round(stolen, 1)}
@@ -541,6 +546,19 @@ def machine_share(own, busy, stolen, all_seconds):
 def printable(words):
     """The words with control characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(words))
+
+
+def gpu_clocks(uuid):
+    """{"mhz", "max_mhz"} of an NVIDIA GPU at this moment; empty where no driver tells."""
+    if not uuid or not shutil.which("nvidia-smi"):
+        return {}
+    command = ["nvidia-smi", "-i", f"GPU-{uuid}", "--query-gpu=clocks.sm,clocks.max.sm",
+               "--format=csv,noheader,nounits"]
+    with suppress(OSError, ValueError, subprocess.TimeoutExpired):
+        said = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
+        mhz, most = map(int, said.split(","))
+        return {"mhz": mhz, "max_mhz": most}
+    return {}
 
 
 def sleep_clock():
@@ -668,6 +686,8 @@ class Referee:
         self.first_batch = None                         # the clock: monotonic seconds
         self.handed = self.tokens = 0                   # batches and tokens handed out
         self.pool = ThreadPoolExecutor(os.cpu_count())
+        self.alive = FileLock(Path(self.scratch, "lock"))       # by it, prepare.sweep() knows
+        self.alive.acquire()
 
     # -- the run
 
@@ -696,6 +716,7 @@ class Referee:
     def clean_up(self):
         """Remove the shared folder. Windows keeps a file while somebody has it mapped."""
         self.fill = self.batch = None
+        self.alive.release()
         shutil.rmtree(self.scratch, ignore_errors=True)
         if os.path.exists(self.scratch):
             os.close(self.channel.writer)               # the run is over: train.py's process ends
@@ -792,7 +813,7 @@ class Referee:
         self.folder = self.cache / dataset["name"] / f"vocab-{int(vocab_size)}"
         self.vocab_size, self.bos, self.context = vocab_size, vocab_size - 1, dataset["context"]
         self.shards = [shard for shard in dataset["shards"] if shard.startswith("train")]
-        self.accelerator = device != "cpu"
+        self.accelerator, self.gpu = device != "cpu", gpu
         if missing := self.missing(dataset):
             self.channel.send("missing", missing)
             return
@@ -851,9 +872,13 @@ class Referee:
     def missing(self, dataset):
         """The name of the first file or shard that is missing or damaged, or None."""
         try:
-            self.manifest = json.loads((self.folder / "manifest.json").read_bytes())
-        except (OSError, ValueError):
+            self.manifest = dict(json.loads((self.folder / "manifest.json").read_bytes()))
+            tokenizer = dict(self.manifest["tokenizer"])
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return "manifest.json"
+        with suppress(OSError):
+            if file_sha256(self.folder / "tokenizer.b64") != tokenizer.get("sha256"):
+                return "tokenizer.b64"
         for shard in (*dataset["shards"], *SPLITS):
             try:
                 open_shard(self.folder, shard, self.manifest[shard])
@@ -966,7 +991,14 @@ class Referee:
         self.line["startup_seconds"] = round(self.seconds(), 1)
         self.line["startup_cpu_seconds"] = round(self.cpu_seconds(), 1)
         self.load_before, self.asleep_before = self.load(), sleep_clock()
+        self.clocks = {}
+        threading.Thread(target=self.note_clocks, daemon=True).start()
         self.first_batch = time.monotonic()
+
+    def note_clocks(self):
+        """In a thread: the GPU's clocks in the middle of the training."""
+        time.sleep(self.budget / 2)
+        self.clocks = gpu_clocks(self.gpu)
 
     # -- the number
 
@@ -982,7 +1014,7 @@ class Referee:
             sys.exit("FAIL: evaluated twice; a run has one evaluation")
         training = time.monotonic() - self.first_batch
         self.line["asleep"] = max(0, round(sleep_clock() - self.asleep_before))
-        self.line["machine"] = machine_share(
+        self.line["machine"] = self.clocks | machine_share(
             *(self.load() - self.load_before), training * len(cores_of(self.process)))
         # At least half a second is allowed: 2% of a short budget is less than a machine's hiccup.
         # A step counts up to a tenth of the budget, or a run of one long step would always pass.
@@ -1022,7 +1054,8 @@ class Referee:
         texts = []
         for split in SPLITS:
             tokens, offsets = checked_shard(self.folder, split, self.manifest[split])
-            if bytes_of[tokens].sum() != self.manifest[split]["bytes"]:
+            known = len(bytes_of) == self.vocab_size and tokens.max(initial=0) < self.vocab_size
+            if not known or bytes_of[tokens].sum() != self.manifest[split].get("bytes"):
                 sys.exit(f"FAIL: the bytes of the tokens in {self.folder} do not add up to those "
                          "of the text; delete it and run: uv run prepare.py")
             texts.append((tokens, offsets))

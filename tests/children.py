@@ -14,6 +14,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+LONG = bool(os.environ.get("AUTORESEARCH_LONG_TESTS"))      # an hour more of tests
 PATIENCE = 200          # seconds after which a child is killed
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "torch._dynamo", "tiktoken", "numpy", "requests"])

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from children import ROOT, copy_programs
+from children import LONG, ROOT, copy_programs
 
 STUB = """
 import json, os, signal, sys, time
@@ -213,6 +213,7 @@ def cluster(python, head_gpus=0):
 
 # ------------------------------------------------------------------------------------------------
 
+@pytest.mark.skipif(not LONG, reason="takes half a minute: AUTORESEARCH_LONG_TESTS=1 runs it")
 def test_runs_that_fail_hang_or_die_end_alone(checkout):
     commits = {word: checkout.commit(word) for word in ("fails", "dies", "hangs")}
     ok = checkout.ok
@@ -337,6 +338,7 @@ def test_a_line_comes_home_once_and_after_one_that_was_cut_off(checkout, python)
     assert journal.read_bytes().split(b"\n") == lines
 
 
+@pytest.mark.skipif(not LONG, reason="takes a minute: AUTORESEARCH_LONG_TESTS=1 runs it")
 def test_a_node_that_dies_has_its_runs_started_again(checkout, python):
     slow = checkout.commit(seconds=4)
     with cluster(python) as machines:

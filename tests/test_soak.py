@@ -1,0 +1,141 @@
+"""
+Many runs one after another, some of them killed or broken, and then what is left of them.
+
+    AUTORESEARCH_LONG_TESTS=1 uv run pytest tests/test_soak.py      # 200 runs, 50 kills of each
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from children import LONG, ROOT, copy_programs, program
+
+FAULTS = {
+    "an exception": "raise KeyError('bug')",
+    "no number": "loss = loss * float('nan')",
+    "an exit": "raise SystemExit(3)",
+    "a sudden end": "import os; os._exit(1)",
+    "a child that stays": "import subprocess; subprocess.Popen(['sleep', '1000'])",
+}
+
+
+class Place:
+    """A clone with small.py as its train.py, a cache, and a folder for temporary files."""
+
+    def __init__(self, folder):
+        self.clone, self.cache, self.tmp = folder / "clone", folder / "cache", folder / "tmp"
+        self.clone.mkdir()
+        self.tmp.mkdir()
+        copy_programs(self.clone)
+        text = (self.clone / "prepare.py").read_text()
+        (self.clone / "prepare.py").write_text(text.replace("STALE = 60 ", "STALE = 0 "))
+        result = program("prepare.py", "--dataset", "sotu", "--vocab-size", 400, "--eval-bytes",
+                         20_000, AUTORESEARCH_CACHE_DIR=self.cache)
+        assert result.returncode == 0, result.stdout
+        self.text = (ROOT / "tests" / "small.py").read_text()
+        self.environment = os.environ | {
+            "AUTORESEARCH_CACHE_DIR": str(self.cache), "TMPDIR": str(self.tmp),
+            "AUTORESEARCH_TIME_BUDGET": "0.3", "OMP_NUM_THREADS": "1"}
+
+    def start(self, fault="pass"):
+        log = "run.log(step, loss)\n"
+        text = self.text.replace(log, f"if step == 3:\n                {fault}\n            {log}")
+        assert fault in text
+        (self.clone / "train.py").write_text(text)
+        return subprocess.Popen([sys.executable, "train.py"], cwd=self.clone, text=True,
+                                env=self.environment, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT)
+
+    def lines(self):
+        """The journal, whose every line is whole."""
+        journal = self.cache / "journal.jsonl"
+        text = journal.read_text() if journal.exists() else ""
+        assert text.endswith("\n") or not text
+        return [json.loads(line) for line in text.splitlines()]
+
+    def referees(self):
+        return [process for process in psutil.process_iter(["cmdline"])
+                if str(self.clone / "referee.py") in (process.info["cmdline"] or [])]
+
+    def wait(self):
+        """Until no referee of this clone is left."""
+        _, left = psutil.wait_procs(self.referees(), 30)
+        assert not left
+
+    def left(self):
+        """What lies in the folder for temporary files."""
+        known = "autoresearch-devices", "torchinductor_" + os.environ.get("USER", "root")
+        return sorted(path.name for path in self.tmp.iterdir() if path.name not in known)
+
+
+@pytest.fixture
+def place(tmp_path):
+    place = Place(tmp_path)
+    yield place
+    for process in place.referees():
+        process.kill()
+
+
+@pytest.mark.parametrize("whom", ["train.py", "referee.py"])
+def test_kill_at_any_moment_tears_no_line_and_leaves_nothing(whom, place):
+    """The next run works, and takes away what a killed referee could not."""
+    draw = random.Random(whom)
+    kills = 50 if LONG else 2
+    for number in range(kills):
+        run = place.start()
+        moment = draw.uniform(0, 4)
+        end = time.monotonic() + moment
+        while time.monotonic() < end and run.poll() is None:
+            time.sleep(0.01)
+        for process in [run] if whom == "train.py" else place.referees():
+            process.kill()
+        said, _ = run.communicate(timeout=60)
+        assert "Traceback" not in said or "KeyboardInterrupt" in said, (moment, said)
+        place.wait()
+        if number % 2:
+            lines = len(place.lines())
+            said, _ = place.start().communicate(timeout=60)
+            assert "val_bpb:" in said, said
+            place.wait()
+            assert len(place.lines()) == lines + 1
+            assert place.left() == []
+    for process in psutil.process_iter(["cwd", "pid"]):
+        assert not str(process.info["cwd"] or "").startswith(str(place.tmp)), process
+    print(f"kill: {kills} of {whom}, {len(place.lines())} lines in the journal, nothing left")
+
+
+def test_soak_of_runs_a_third_of_them_with_faults(place):
+    draw = random.Random(0)
+    count, good, memory, disk = 200 if LONG else 3, 0, [], []
+    for number in range(count):
+        fault = draw.choice(list(FAULTS)) if number % 3 == 1 else None
+        run = place.start(FAULTS[fault] if fault else "pass")
+        said, _ = run.communicate(timeout=60) if fault != "a child that stays" else (
+            run.wait(60), None)
+        place.wait()
+        line = place.lines()[-1]
+        assert len(place.lines()) == number + 1
+        works = fault in (None, "a child that stays")
+        assert (line["failure"] is None) == works, (fault, said, line)
+        good += works
+        if works:
+            memory.append(line["peak_vram_mb"])
+        disk.append(sum(path.stat().st_size for path in place.cache.rglob("*")
+                        if path.is_file() and path.name != "journal.jsonl"))
+    for process in psutil.process_iter(["cmdline"]):
+        if process.info["cmdline"] == ["sleep", "1000"]:
+            process.kill()
+    assert place.left() == [] and not place.referees()
+    assert len(set(disk)) == 1 and max(memory) < 1.2 * min(memory)
+    numbers = [line for line in place.lines() if line["failure"] is None]
+    assert len(numbers) == good
+    print(f"soak: {count} runs, {good} numbers, {count} journal lines; memory {min(memory):.0f} to "
+          f"{max(memory):.0f} MB, cache {disk[-1]:,} bytes throughout, no process or file left")
+    shutil.rmtree(place.clone)
