@@ -19,6 +19,7 @@ import os
 import platform
 import queue
 import random
+import secrets
 import shutil
 import signal
 import subprocess
@@ -463,6 +464,43 @@ def append_line(path, line):
         os.fsync(file.fileno())
 
 
+class Draft:
+    """
+    The line of a run at work, in a file of the cache: if its referee is killed or the power goes,
+    the next referee finds the file unlocked and completes the journal.
+    """
+
+    def __init__(self, cache, line):
+        self.journal = cache / "journal.jsonl"
+        self.path = cache / "running" / f"{line['run']}.json"
+        self.path.parent.mkdir(exist_ok=True)
+        self.lock = FileLock(self.path.with_suffix(".lock"))
+        self.lock.acquire()
+        self.path.write_text(json.dumps(line))
+
+    def finish(self, line):
+        append_line(self.journal, line)
+        self.path.unlink()
+        self.lock.release()
+        self.path.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def adopt_drafts(cache):
+    """Write the lines of runs whose referee is gone, unless it had just done so itself."""
+    for path in (cache / "running").glob("*.json"):
+        with suppress(OSError, Timeout), FileLock(path.with_suffix(".lock"), timeout=0):
+            try:
+                line = dict(json.loads(path.read_bytes()))
+            except (ValueError, TypeError):             # the power went while it was written
+                line = {}
+            journal = cache / "journal.jsonl"
+            written = journal.read_bytes() if journal.exists() else b""
+            if line and path.stem.encode() not in written:
+                append_line(journal, line | {"failure": UNFINISHED})
+            path.unlink()
+            path.with_suffix(".lock").unlink(missing_ok=True)
+
+
 def git(folder, *arguments):
     """The output of a git command as bytes; empty where there is no git or no repository."""
     if not shutil.which("git"):
@@ -731,7 +769,7 @@ class Referee:
                 self.line.pop("val_bpb", None)
                 self.line.pop("test_bpb", None)
             self.line |= {"failure": failure, "total_seconds": round(self.seconds(), 1)}
-            append_line(self.cache / "journal.jsonl", self.line)
+            self.draft.finish(self.line)
         self.done = True
 
     def seconds(self):
@@ -822,7 +860,13 @@ class Referee:
         waited = self.take_device(program, device, gpu)
         text = program.read_bytes() if program.is_file() else b""
         device = name or f"{device} ({processor()})"
-        self.line = self.description(dataset, text, device, torch_version)
+        line = self.description(dataset, text, device, torch_version)
+        try:
+            adopt_drafts(self.cache)
+            self.draft, self.line = Draft(self.cache, line), line
+        except OSError as error:
+            sys.exit(f"FAIL: {self.cache} can't be written ({error.strerror or error}), and the "
+                     "journal is there: make room or get permission to write, then run again")
         if self.is_sealed and first_statement(text) != "import prepare":
             sys.exit("FAIL: `import prepare` must be the first statement of train.py: "
                      "from there on the text is sealed")
@@ -895,6 +939,7 @@ class Referee:
         commit = git(here, "rev-parse", "--short", "HEAD").decode().strip()
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "run": secrets.token_hex(8),
             "commit": commit,
             "dirty": bool(changes) if commit else None,
             "train_sha256": hashlib.sha256(text).hexdigest() if text else None,

@@ -50,7 +50,7 @@ def tiny(folder, step="time.sleep(0.01)", end="pass", report=REPORT, warm="pass"
     numbers to replace in referee.py.
     """
     cache = folder / "cache"
-    cache.mkdir()
+    cache.mkdir(exist_ok=True)
     for name in ("sotu", "dataset.json"):
         (cache / name).symlink_to(Path(os.environ["AUTORESEARCH_CACHE_DIR"], name))
     copy_programs(folder)
@@ -449,6 +449,37 @@ def test_a_killed_run_leaves_no_lock(cache, tmp_path):
     child.wait()
     assert locks[0].take({"pid": 8}, 0.1) is None
     assert locks[1].take({}, 0.1) == {"pid": 8}
+
+
+def test_the_line_of_a_run_whose_referee_was_killed_is_written_by_the_next(tmp_path):
+    def killed(run, last_words=""):
+        code = ["import os, referee", "from pathlib import Path", f"line = {{'run': {run!r}}}",
+                f"draft = referee.Draft(Path({str(tmp_path)!r}), line)", last_words,
+                "os.kill(os.getpid(), 9)"]
+        subprocess.run([sys.executable, "-c", "\n".join(code)], cwd=ROOT)
+
+    def journal():
+        text = (tmp_path / "journal.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]
+
+    killed("aaaa")
+    living = referee.Draft(tmp_path, {"run": "bbbb"})
+    for _ in range(2):
+        referee.adopt_drafts(tmp_path)
+        assert journal() == [{"run": "aaaa", "failure": referee.UNFINISHED}]
+    killed("cccc", "referee.append_line(draft.journal, line)")     # between its last two acts
+    referee.adopt_drafts(tmp_path)
+    living.finish({"run": "bbbb", "failure": None})
+    assert [line["run"] for line in journal()] == ["aaaa", "cccc", "bbbb"]
+    assert not list((tmp_path / "running").iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_said_before_any_training(tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "running").write_text("a file where a folder should be")
+    result = tiny(tmp_path)
+    assert result.returncode == 1 and "cache can't be written (File exists)" in result.stdout
+    assert "step" not in result.stdout and "Traceback" not in result.stdout
 
 
 def test_journal_lines_of_many_writers_do_not_mix(tmp_path):
