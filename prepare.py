@@ -173,7 +173,7 @@ from tqdm import tqdm
 import machine
 from machine import default_device, out_of_memory, synchronize
 from referee import (
-    ANSWER_TIME, COMPARABLE_BUDGET, EXTRA_TIME, Channel, file_sha256, open_shard, printable)
+    ANSWER_TIME, COMPARABLE_BUDGET, EXTRA_TIME, Channel, age, file_sha256, open_shard, printable)
 
 # ------------------------------------------------------------------------------------------------
 # Constants and datasets
@@ -259,6 +259,14 @@ def write_file(path):
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
+
+
+def write_array(path, array):
+    """np.save(), but on a full disk its error does not say so."""
+    header = np.lib.format.header_data_from_array_1_0(array)
+    with write_file(path) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(array)
 
 
 def write_json(path, value):
@@ -688,10 +696,8 @@ def make_shard(folder, name, documents, tokenizer, workers):
                 bar.update(len(raw))
     tokens = np.concatenate(pieces) if pieces else np.zeros(0, np.uint16)
     offsets = np.cumsum([0] + [len(piece) for piece in pieces])
-    with write_file(folder / f"{name}.npy") as file:
-        np.save(file, tokens)
-    with write_file(folder / f"{name}.offsets.npy") as file:
-        np.save(file, offsets)
+    write_array(folder / f"{name}.npy", tokens)
+    write_array(folder / f"{name}.offsets.npy", offsets)
     return {"documents": len(pieces), "tokens": len(tokens), "bytes": size,
             "sha256": file_sha256(folder / f"{name}.npy"),
             "offsets_sha256": file_sha256(folder / f"{name}.offsets.npy"),
@@ -1128,6 +1134,17 @@ def not_prepared(run, what):
              f"run: uv run prepare.py --dataset {dataset} --vocab-size {run.vocab_size}")
 
 
+def why_gone():
+    """What ended the referee, as far as it is known."""
+    with suppress(IndexError, subprocess.TimeoutExpired):
+        status = referees[-1].wait(1)
+        if status == -getattr(signal, "SIGBUS", 0):
+            return ", killed by SIGBUS: the disk or network with the data has failed"
+        if status < 0:
+            return f", killed by signal {-status}"
+    return ""
+
+
 def on_sigterm(signum, frame):
     sys.exit("stopped by SIGTERM: no result")
 
@@ -1200,8 +1217,8 @@ class Run:
         random.seed(SEED)
         np.random.seed(SEED % 2**32)
         torch.manual_seed(SEED)
-        age = time.time() - psutil.Process().create_time() if BOUNDARY else 0
-        faulthandler.dump_traceback_later(max(1, HARD_LIMIT - age + self.waited), exit=True)
+        spent = age(psutil.Process()) if BOUNDARY else 0
+        faulthandler.dump_traceback_later(max(1, HARD_LIMIT - spent + self.waited), exit=True)
         signal.signal(signal.SIGTERM, on_sigterm)
         print(f"dataset: {self.dataset.name}, vocabulary {self.vocab_size:,}, "
               f"context {self.context}, seed {SEED}")
@@ -1344,7 +1361,7 @@ class Run:
         match answer[0]:
             case "missing": not_prepared(self, answer[1])
             case "fail": sys.exit(answer[1])
-            case "gone": sys.exit("FAIL: the referee is gone: no result")
+            case "gone": sys.exit(f"FAIL: the referee is gone{why_gone()}: no result")
             case "late": sys.exit("FAIL: the referee does not answer: no result")
         return answer
 

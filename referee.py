@@ -11,6 +11,8 @@ There is no torch here, so the referee is up before train.py has imported its ow
 
 import ast
 import base64
+import ctypes
+import errno
 import hashlib
 import itertools
 import json
@@ -46,6 +48,7 @@ COMPARABLE_BUDGET = 300     # seconds of training; a run with another budget is 
 EXTRA_TIME = 300            # seconds for all the rest: a plain run ends within ten minutes
 ANSWER_TIME = 60            # seconds of silence after which the other process counts as hung
 LEAVING = 10                # seconds for which a killed run may still hold its device
+SCRATCH = 160 * 2**20       # bytes in the folder for temporary files: batches, ids and logits
 
 # Fraction of the budget that training may overrun, plus one step. 2% is little beside the 10% by
 # which the speed of a machine drifts from run to run (dev/log.md).
@@ -454,21 +457,27 @@ def append_line(path, line):
     """Append a dict as a line of JSON, in one write under a lock: concurrent runs do not mix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = json.dumps(line).encode() + b"\n"
-    with FileLock(path.with_suffix(".lock")), open(path, "a+b") as file:
-        if file.seek(0, os.SEEK_END):
+    with FileLock(path.with_suffix(".lock")), open(path, "a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":                   # a line that a crash of the machine cut off
                 data = b"\n" + data
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 class Draft:
     """
-    The line of a run at work, in a file of the cache: if its referee is killed or the power goes,
-    the next referee finds the file unlocked and completes the journal.
+    The line of a run at work, in a file of the cache: if its referee is killed, the power goes or
+    the disk is full, the next referee finds the file unlocked and completes the journal.
     """
+    ROOM = 16384                # bytes of a line, set aside while the disk still has them
 
     def __init__(self, cache, line):
         self.journal = cache / "journal.jsonl"
@@ -476,11 +485,18 @@ class Draft:
         self.path.parent.mkdir(exist_ok=True)
         self.lock = FileLock(self.path.with_suffix(".lock"))
         self.lock.acquire()
-        self.path.write_text(json.dumps(line))
+        self.path.write_text(json.dumps(line).ljust(self.ROOM))
 
     def finish(self, line):
-        append_line(self.journal, line)
-        self.path.unlink()
+        try:
+            append_line(self.journal, line)
+            self.path.unlink()
+        except OSError as error:
+            with open(self.path, "r+") as file:         # in place: it takes no more room
+                file.write(json.dumps(line).ljust(self.ROOM))
+            print(f"{self.journal}: {error.strerror or error}; the line of this run is in "
+                  f"{self.path}, and the next run that can write takes it over",
+                  file=sys.stderr, flush=True)
         self.lock.release()
         self.path.with_suffix(".lock").unlink(missing_ok=True)
 
@@ -496,7 +512,7 @@ def adopt_drafts(cache):
             journal = cache / "journal.jsonl"
             written = journal.read_bytes() if journal.exists() else b""
             if line and path.stem.encode() not in written:
-                append_line(journal, line | {"failure": UNFINISHED})
+                append_line(journal, {"failure": UNFINISHED} | line)
             path.unlink()
             path.with_suffix(".lock").unlink(missing_ok=True)
 
@@ -599,11 +615,25 @@ def gpu_clocks(uuid):
     return {}
 
 
-def sleep_clock():
-    """A clock that differs from time.monotonic() by the seconds that the machine was asleep."""
+def awake():
+    """The clock of a run, in seconds: time.monotonic(), which on Windows goes on in sleep."""
+    if sys.platform != "win32":
+        return time.monotonic()
+    ticks = ctypes.c_ulonglong()
+    ctypes.windll.kernel32.QueryUnbiasedInterruptTime(ctypes.byref(ticks))
+    return ticks.value / 1e7
+
+
+def asleep():
+    """Seconds that the machine was asleep, plus a constant; on macOS, also what a clock was set."""
     if hasattr(time, "CLOCK_BOOTTIME"):
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
-    return time.time() - time.monotonic()               # macOS, Windows: and by what a clock is set
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - awake()
+    return (time.monotonic() if sys.platform == "win32" else time.time()) - awake()
+
+
+def age(process):
+    """Seconds since a process was started: a minute at most, since the wall clock may be set."""
+    return min(max(0, time.time() - process.create_time()), 60)
 
 
 class DeviceLocks:
@@ -686,8 +716,15 @@ def shared_array(folder, dtype, shape):
     may replace the file with a link, which then leads the referee nowhere.
     """
     descriptor, path = tempfile.mkstemp(dir=folder)
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     with os.fdopen(descriptor, "r+b") as file:
-        file.truncate(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        try:
+            file.truncate(size)
+            if hasattr(os, "posix_fallocate"):          # else who writes to it on a full disk dies
+                os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            sys.exit(f"FAIL: {folder} has no room for {size / 2**20:.0f} MiB ({error.strerror}): "
+                     "make room there, or set TMPDIR to another folder")
         return np.memmap(file, dtype, "r+", shape=shape), path
 
 # ------------------------------------------------------------------------------------------------
@@ -713,15 +750,15 @@ class Referee:
         self.budget = settings["budget"]
         self.verified = "sandbox" in settings
         self.process = psutil.Process(settings["pid"])
-        self.started = time.monotonic()
+        self.started = awake()
         if Path(settings["program"]).name == "train.py":        # not a test or benchmark.py
-            self.started -= time.time() - self.process.create_time()
+            self.started -= age(self.process)
         self.limit = self.budget + EXTRA_TIME
         if self.verified:
             self.limit += EXTRA_TIME                    # for starting the copies
         self.line, self.is_sealed, self.done = None, False, False
         self.fill = self.nats = None                    # set by the first batch, by the evaluation
-        self.first_batch = None                         # the clock: monotonic seconds
+        self.first_batch = None                         # awake() at the first batch
         self.handed = self.tokens = 0                   # batches and tokens handed out
         self.pool = ThreadPoolExecutor(os.cpu_count())
         self.alive = FileLock(Path(self.scratch, "lock"))       # by it, prepare.sweep() knows
@@ -774,7 +811,7 @@ class Referee:
 
     def seconds(self):
         """Seconds since the process was started."""
-        return time.monotonic() - self.started
+        return awake() - self.started
 
     def hear(self, channel):
         """The next message of a channel. Kills the run and exits past its hard limit."""
@@ -885,7 +922,7 @@ class Referee:
         self.locks = DeviceLocks(keys)
         holder = {"program": str(program), "pid": self.process.pid,
                   "since": time.strftime("%H:%M:%S on %Y-%m-%d")}
-        start, patience = time.monotonic(), LEAVING
+        start, patience = awake(), LEAVING
         try:
             while taken := self.locks.take(holder, patience):
                 who = printable("{program} (process {pid}), since {since}".format(
@@ -901,7 +938,7 @@ class Referee:
                     sys.exit(UNFINISHED)
         except OSError as error:                        # the folder is another user's
             print(f"the device is not locked: {error}", file=sys.stderr, flush=True)
-        waited = time.monotonic() - start
+        waited = awake() - start
         self.started += waited
         return waited
 
@@ -1013,7 +1050,7 @@ class Referee:
                      "it must stay the same for the whole run")
         elapsed = 0.0
         if self.handed:
-            elapsed = time.monotonic() - self.first_batch
+            elapsed = awake() - self.first_batch
             behind = queued * elapsed / self.handed     # seconds, at the mean time of a step
             if elapsed + behind >= self.budget:
                 self.channel.send("over", elapsed)
@@ -1026,6 +1063,10 @@ class Referee:
 
     def open_training(self, rows):
         """Open the training text, pack the first batch and start the clock."""
+        if (free := shutil.disk_usage(self.scratch).free) < SCRATCH:
+            sys.exit(f"FAIL: {self.scratch} has {free / 2**20:.0f} MiB left, and the evaluation "
+                     f"takes up to {SCRATCH // 2**20}: make room there, or set TMPDIR to another "
+                     "folder")
         shards = [checked_shard(self.folder, name, self.manifest[name]) for name in self.shards]
         tokens, offsets = zip(*shards)
         width, seed = self.context + 1, self.settings["seed"]
@@ -1035,10 +1076,10 @@ class Referee:
         self.fill(self.packed)
         self.line["startup_seconds"] = round(self.seconds(), 1)
         self.line["startup_cpu_seconds"] = round(self.cpu_seconds(), 1)
-        self.load_before, self.asleep_before = self.load(), sleep_clock()
+        self.load_before, self.asleep_before = self.load(), asleep()
         self.clocks = {}
         threading.Thread(target=self.note_clocks, daemon=True).start()
-        self.first_batch = time.monotonic()
+        self.first_batch = awake()
 
     def note_clocks(self):
         """In a thread: the GPU's clocks in the middle of the training."""
@@ -1057,8 +1098,8 @@ class Referee:
             sys.exit("FAIL: no training batch was taken before the evaluation")
         if self.nats is not None:
             sys.exit("FAIL: evaluated twice; a run has one evaluation")
-        training = time.monotonic() - self.first_batch
-        self.line["asleep"] = max(0, round(sleep_clock() - self.asleep_before))
+        training = awake() - self.first_batch
+        self.line["asleep"] = max(0, round(asleep() - self.asleep_before))
         self.line["machine"] = self.clocks | machine_share(
             *(self.load() - self.load_before), training * len(cores_of(self.process)))
         # At least half a second is allowed: 2% of a short budget is less than a machine's hiccup.
@@ -1069,13 +1110,13 @@ class Referee:
             model_folder = tempfile.TemporaryDirectory()
             model = self.copied_model(model_folder.name)
             # Copying runs code of train.py, so what exceeds COPY_TIME counts as training.
-            training = max(training, time.monotonic() - self.first_batch - COPY_TIME)
+            training = max(training, awake() - self.first_batch - COPY_TIME)
         if training > allowed:
             sys.exit(f"FAIL: {training:.1f} s of training, where {allowed:.1f} s "
                      "(budget, 2% and one step) are allowed")
         texts = self.checked_texts()
 
-        start = time.monotonic()
+        start = awake()
         # Whatever train.py asks for, its logits take at most 1 GiB in float32 at a time.
         positions = max(self.context, min(positions, 2 ** 28 // self.vocab_size))
         exam = Exam(texts, self.bos, self.context, positions, COPIES if self.verified else 1)
@@ -1090,7 +1131,7 @@ class Referee:
                              for split, nats in zip(SPLITS, self.nats)]
         self.line |= {"val_bpb": val_bpb, "test_bpb": test_bpb}
         self.line["training_seconds"] = round(training, 1)
-        self.line["evaluation_seconds"] = round(time.monotonic() - start, 1)
+        self.line["evaluation_seconds"] = round(awake() - start, 1)
         self.channel.send("result", val_bpb, training)  # test_bpb stays here
 
     def checked_texts(self):
@@ -1138,9 +1179,9 @@ class Referee:
         """
         losses, differs, waited, taken = [], False, 0, 0
         while taken < len(targets):
-            start = time.monotonic()
+            start = awake()
             answer = self.expect(channel, "logits")
-            waited += time.monotonic() - start
+            waited += awake() - start
             count = answer[0] if answer else 0
             most = min(halves.shape[1], len(targets) - taken)
             if not 0 < count <= most:
@@ -1207,10 +1248,10 @@ class Referee:
 
     def examine_copy(self, channel, exam, batches, positions, folder, model):
         """Have a copy load the model and show it its part. Returns the seconds that it took."""
-        start = time.monotonic()
+        start = awake()
         channel.send("load", model, self.vocab_size)
         self.expect(channel, "loaded", "FAIL: a copy of the model could not be loaded, see above")
-        seconds = time.monotonic() - start
+        seconds = awake() - start
         return seconds + self.examine(channel, exam, batches, positions, folder)
 
     def start_copy(self, folder, model):

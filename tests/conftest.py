@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from children import ROOT, program
+from children import ROOT, Place, program
 
 CACHE = tempfile.TemporaryDirectory(prefix="autoresearch-tests-")
 os.environ["AUTORESEARCH_CACHE_DIR"] = CACHE.name
@@ -62,3 +62,11 @@ def run(cache):
     run = prepare.Run(512)
     yield run
     run.channel.send("fail", "the test is over")
+
+
+@pytest.fixture
+def place(tmp_path):
+    place = Place(tmp_path)
+    yield place
+    for process in place.referees():
+        process.kill()

@@ -4,18 +4,14 @@ Many runs one after another, some of them killed or broken, and then what is lef
     AUTORESEARCH_LONG_TESTS=1 uv run pytest tests/test_soak.py      # 200 runs, 50 kills of each
 """
 
-import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 import time
 
 import psutil
 import pytest
 
-from children import LONG, ROOT, copy_programs, program
+from children import LONG
 
 FAULTS = {
     "an exception": "raise KeyError('bug')",
@@ -24,63 +20,6 @@ FAULTS = {
     "a sudden end": "import os; os._exit(1)",
     "a child that stays": "import subprocess; subprocess.Popen(['sleep', '1000'])",
 }
-
-
-class Place:
-    """A clone with small.py as its train.py, a cache, and a folder for temporary files."""
-
-    def __init__(self, folder):
-        self.clone, self.cache, self.tmp = folder / "clone", folder / "cache", folder / "tmp"
-        self.clone.mkdir()
-        self.tmp.mkdir()
-        copy_programs(self.clone)
-        text = (self.clone / "prepare.py").read_text()
-        (self.clone / "prepare.py").write_text(text.replace("STALE = 60 ", "STALE = 0 "))
-        result = program("prepare.py", "--dataset", "sotu", "--vocab-size", 400, "--eval-bytes",
-                         20_000, AUTORESEARCH_CACHE_DIR=self.cache)
-        assert result.returncode == 0, result.stdout
-        self.text = (ROOT / "tests" / "small.py").read_text()
-        self.environment = os.environ | {
-            "AUTORESEARCH_CACHE_DIR": str(self.cache), "TMPDIR": str(self.tmp),
-            "AUTORESEARCH_TIME_BUDGET": "0.3", "OMP_NUM_THREADS": "1"}
-
-    def start(self, fault="pass"):
-        log = "run.log(step, loss)\n"
-        text = self.text.replace(log, f"if step == 3:\n                {fault}\n            {log}")
-        assert fault in text
-        (self.clone / "train.py").write_text(text)
-        return subprocess.Popen([sys.executable, "train.py"], cwd=self.clone, text=True,
-                                env=self.environment, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT)
-
-    def lines(self):
-        """The journal, whose every line is whole."""
-        journal = self.cache / "journal.jsonl"
-        text = journal.read_text() if journal.exists() else ""
-        assert text.endswith("\n") or not text
-        return [json.loads(line) for line in text.splitlines()]
-
-    def referees(self):
-        return [process for process in psutil.process_iter(["cmdline"])
-                if str(self.clone / "referee.py") in (process.info["cmdline"] or [])]
-
-    def wait(self):
-        """Until no referee of this clone is left."""
-        _, left = psutil.wait_procs(self.referees(), 30)
-        assert not left
-
-    def left(self):
-        """What lies in the folder for temporary files."""
-        known = "autoresearch-devices", "torchinductor_" + os.environ.get("USER", "root")
-        return sorted(path.name for path in self.tmp.iterdir() if path.name not in known)
-
-
-@pytest.fixture
-def place(tmp_path):
-    place = Place(tmp_path)
-    yield place
-    for process in place.referees():
-        process.kill()
 
 
 @pytest.mark.parametrize("whom", ["train.py", "referee.py"])
