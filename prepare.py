@@ -171,6 +171,7 @@ import torch
 from tqdm import tqdm
 
 import machine
+import record
 from machine import default_device, out_of_memory, synchronize
 from referee import (
     ANSWER_TIME, COMPARABLE_BUDGET, EXTRA_TIME, Channel, age, file_sha256, open_shard, printable)
@@ -1020,12 +1021,8 @@ def rehearse(run, step, rows, things):
         with torch.random.fork_rng(rng_devices):
             for _ in range(2):                          # the first compiles, the second is timed
                 tokens = generator.integers(run.bos, size=(2, rows, run.context))
-                synchronize(run.device)
-                start = time.monotonic()
                 x, y = torch.from_numpy(tokens).to(run.device).unbind()
-                step(x, y)
-                synchronize(run.device)
-                seconds = time.monotonic() - start
+                run.step_parts = record.timed(step, x, y, run.device)
     except Exception as error:
         if not out_of_memory(error) or rows % 2:
             raise
@@ -1038,7 +1035,7 @@ def rehearse(run, step, rows, things):
         if mps_rng_state is not None:
             torch.mps.set_rng_state(mps_rng_state)
     # The referee refuses an evaluation that would take too long, before any training.
-    run.ask("warm", seconds / (rows * run.context))
+    run.ask("warm", sum(run.step_parts) / (rows * run.context))
     return True
 
 # ------------------------------------------------------------------------------------------------
@@ -1052,9 +1049,10 @@ class TrainingLog:
         self.start = time.monotonic()
         self.pending = None             # returns the newest loss, which is not yet read
         self.smooth = 0.0               # the loss averaged over steps
-        self.shown = -math.inf          # when a line was last shown
+        self.shown = self.sent = -math.inf      # when a line was last shown, a point sent
+        self.norms = {}                 # of the gradients near the end
 
-    def show(self, step, loss):
+    def show(self, step, loss, optimizer):
         """Run.log. The loss is read at the next call, when it is long computed: nothing waits."""
         previous, self.pending = self.pending, machine.read_later(loss.detach())
         value = (previous or self.pending)()
@@ -1070,6 +1068,11 @@ class TrainingLog:
             print(f"step {step:5d}  {100 * elapsed / TIME_BUDGET:3.0f}%  loss {self.smooth:.3f}  "
                   f"{self.run.tokens / elapsed:,.0f} tokens/s",
                   end="\r" if terminal else "\n", flush=True)
+        if now - self.sent > record.INTERVAL:
+            self.sent = now
+            self.run.channel.send("curve", step, self.smooth, record.rates(optimizer))
+        if not self.norms and self.run.progress > 0.9:
+            self.norms = record.gradient_norms(optimizer)
 
 
 def print_summary(run, numbers, line):
@@ -1194,6 +1197,7 @@ class Run:
         self.handed = self.tokens = 0           # batches and tokens handed out
         self.progress = 0.0                     # fraction of the time budget that is over
         self.reported = False
+        self.step_parts = []                    # seconds of forward, backward and the optimizer
         if BOUNDARY == "used":
             sys.exit("FAIL: a second Run; a process can have only one")
         if BOUNDARY is None:                    # not train.py but a test or benchmark.py
@@ -1280,9 +1284,12 @@ class Run:
             else:
                 synchronize(self.device)
 
-    def log(self, step, loss):
-        """Show the progress. loss: a tensor, mean nats per token; NaN or explosion ends the run."""
-        self.training_log.show(step, loss)
+    def log(self, step, loss, optimizer=None):
+        """
+        Show the progress. loss: a tensor, mean nats per token; NaN or explosion ends the run.
+        optimizer: to record its rates and, before zero_grad(), its gradients.
+        """
+        self.training_log.show(step, loss, optimizer)
 
     # -- the number
 
@@ -1313,6 +1320,7 @@ class Run:
             answer = show(model, self.device, self.vocab_size, self.channel, answer[1:])
             answer = self.accepted(answer)
         _, self.val_bpb, self.training_seconds = answer
+        self.model = model
         return self.val_bpb
 
     def report(self, num_steps, num_params, depth, flops_per_token):
@@ -1326,9 +1334,13 @@ class Run:
         numbers = {"num_steps": num_steps, "num_params": num_params, "depth": depth,
                    "mfu_percent": round(100 * mfu, 2), "peak_vram_mb": round(memory / 2**20, 1),
                    "reseeded": reseeded(self.device), **machine.chosen}
-        _, line = self.ask("report", numbers)
+        _, line, best = self.ask("report", numbers)
         self.reported = True
         print_summary(self, numbers, line)
+        record.print_details(self, numbers, line)
+        if best:
+            problem = record.save_weights(self.model, best) or self.ask("saved")[1]
+            print(problem or "the best model on this machine so far is kept: uv run sample.py")
 
     def __exit__(self, kind, error, traceback):
         if os.getpid() != self.pid:                     # a fork does not speak for the run
@@ -1370,6 +1382,7 @@ class Run:
         state = vars(self).copy()
         state.pop("channel", None)
         state.pop("training_log", None)
+        state.pop("model", None)
         return state
 
 

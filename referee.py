@@ -38,11 +38,16 @@ import numpy as np
 import psutil
 from filelock import FileLock, Timeout
 
+if __name__ == "__main__":      # python -I leaves out this folder; at the end it hides no package
+    sys.path.append(str(Path(__file__).parent))
+
+import record
+
 # ------------------------------------------------------------------------------------------------
 # Constants
 
 # The files that decide what a number means. Nobody edits them during research.
-HARNESS = "prepare.py", "machine.py", "referee.py", "seal.py"
+HARNESS = "prepare.py", "machine.py", "referee.py", "record.py", "seal.py"
 
 COMPARABLE_BUDGET = 300     # seconds of training; a run with another budget is marked as such
 EXTRA_TIME = 300            # seconds for all the rest: a plain run ends within ten minutes
@@ -742,7 +747,7 @@ class Referee:
     seed, budget. A verified run also has sandbox: the command to put before that of a copy of the
     model, empty where there is none.
     """
-    ANSWERS = "sealed", "start", "warm", "next", "evaluate", "report", "fail"
+    ANSWERS = "sealed", "start", "warm", "next", "curve", "evaluate", "report", "fail"
 
     def __init__(self, settings, channel):
         self.settings, self.channel = settings, channel
@@ -760,6 +765,7 @@ class Referee:
         self.fill = self.nats = None                    # set by the first batch, by the evaluation
         self.first_batch = None                         # awake() at the first batch
         self.handed = self.tokens = 0                   # batches and tokens handed out
+        self.curves, self.loss_curve = None, []             # of training: (progress, nats)
         self.pool = ThreadPoolExecutor(os.cpu_count())
         self.alive = FileLock(Path(self.scratch, "lock"))       # by it, prepare.sweep() knows
         self.alive.acquire()
@@ -888,7 +894,7 @@ class Referee:
         self.folder = self.cache / dataset["name"] / f"vocab-{int(vocab_size)}"
         self.vocab_size, self.bos, self.context = vocab_size, vocab_size - 1, dataset["context"]
         self.shards = [shard for shard in dataset["shards"] if shard.startswith("train")]
-        self.accelerator, self.gpu = device != "cpu", gpu
+        self.accelerator, self.gpu, self.recipe = device != "cpu", gpu, dataset.get("recipe")
         if missing := self.missing(dataset):
             self.channel.send("missing", missing)
             return
@@ -907,6 +913,11 @@ class Referee:
         if self.is_sealed and first_statement(text) != "import prepare":
             sys.exit("FAIL: `import prepare` must be the first statement of train.py: "
                      "from there on the text is sealed")
+        self.program, self.text = program, text
+        self.subject = git(program.parent, "log", "-1", "--format=%s").decode(errors="replace")
+        if program.name == "train.py" and self.budget >= record.NO_CURVES:
+            name = record.folder_name(line, self.subject)
+            self.curves = record.Curves(self.cache / "curves" / name)
         self.channel.send("started", self.line["device"], self.line["prepare_changed"], waited)
 
     def take_device(self, program, kind, gpu):
@@ -1069,6 +1080,7 @@ class Referee:
                      "folder")
         shards = [checked_shard(self.folder, name, self.manifest[name]) for name in self.shards]
         tokens, offsets = zip(*shards)
+        self.text_tokens = sum(map(len, tokens))
         width, seed = self.context + 1, self.settings["seed"]
         self.fill = training_rows(tokens, offsets, self.bos, width, seed)
         self.batch, self.batch_path = shared_array(self.scratch, np.int32, (rows, width))
@@ -1077,9 +1089,31 @@ class Referee:
         self.line["startup_seconds"] = round(self.seconds(), 1)
         self.line["startup_cpu_seconds"] = round(self.cpu_seconds(), 1)
         self.load_before, self.asleep_before = self.load(), asleep()
+        self.last_point = awake(), 0, self.load_before
         self.clocks = {}
         threading.Thread(target=self.note_clocks, daemon=True).start()
         self.first_batch = awake()
+
+    def curve(self, step, loss, rates):
+        """
+        Note a point of the curves, every record.INTERVAL seconds; no answer.
+
+        loss: in nats, smoothed; rates: {name: learning rate}.
+        """
+        values = {"loss": loss} | {f"rate/{name}": rate for name, rate in dict(rates).items()}
+        finite = [isinstance(value, float) and math.isfinite(value) for value in values.values()]
+        if not all(finite) or len(values) > 50 or self.first_batch is None:
+            return
+        self.loss_curve.append(((awake() - self.first_batch) / self.budget, loss))
+        if self.curves:
+            now, load = awake(), self.load()
+            before, tokens, load_before = self.last_point
+            self.last_point = now, self.tokens, load
+            seconds = max(now - before, 1e-3)
+            share = machine_share(*(load - load_before), seconds * len(cores_of(self.process)))
+            values["tokens per second"] = (self.tokens - tokens) / seconds
+            values["share of the machine"] = share.get("ours", math.nan)
+            self.curves.add(int(step), values)
 
     def note_clocks(self):
         """In a thread: the GPU's clocks in the middle of the training."""
@@ -1281,13 +1315,42 @@ class Referee:
         if self.nats is None:
             sys.exit("FAIL: report without evaluate_bpb")
         self.line["total_tokens"] = self.tokens
+        self.line["epochs"] = round(self.tokens / max(1, self.text_tokens), 3)
+        self.line["train_loss"] = record.quarters(self.loss_curve)
         for key in ("num_steps", "peak_vram_mb", "mfu_percent", "num_params", "depth", "reseeded",
                     "attention", "compiled"):
             self.line[key] = numbers.get(key)
         self.end(None)
         told = ("startup_seconds", "evaluation_seconds", "total_seconds", "sealed", "machine",
-                "asleep")
-        self.channel.send("written", {key: self.line.get(key) for key in told})
+                "asleep", "epochs", "train_loss")
+        told = {key: self.line.get(key) for key in told}
+        if kept := record.last_kept(self.program.parent, self.cache / "journal.jsonl", self.line):
+            told["kept"] = kept["commit"], kept["train_loss"]
+        if self.curves:
+            words = f"{self.line['commit']}: {self.subject}"
+            self.curves.add(int(numbers["num_steps"]), {"val_bpb": self.line["val_bpb"]}, words)
+            self.curves.close()
+        self.keep_model(told)
+
+    def keep_model(self, told):
+        """Tell train.py's process what it may print. If its model is the best one, keep that."""
+        models, line = self.cache / "models", self.line
+        best = self.program.name == "train.py" and not self.verified and not line["prepare_changed"]
+        if not best or not record.is_best(models, line):
+            self.channel.send("written", told, None)
+            return
+        path = os.path.join(self.scratch, "weights.safetensors")
+        self.channel.send("written", told, path)
+        if self.hear(self.channel) != ["saved"]:
+            return
+        known = {key: value for key, value in line.items() if key != "test_bpb"}
+        known |= {"description": self.subject.strip(), "recipe": self.recipe}
+        try:
+            tokenizer = self.folder / "tokenizer.b64"
+            record.keep_model(models, path, self.text, tokenizer, known)
+            self.channel.send("kept", "")
+        except (OSError, ValueError, Timeout) as error:
+            self.channel.send("kept", f"the model is not kept: {error}")
 
     def fail(self, sentence):
         """Write the line of a run that train.py's process ends without a number."""

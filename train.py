@@ -474,12 +474,13 @@ def make_optimizer(model, h):
 
     scale = (h.width / 768) ** -0.5
     groups = [
-        dict(params=take("embed", "value_embed"), lr=scale * h.embedding_lr,
+        dict(name="embeddings", params=take("embed", "value_embed"), lr=scale * h.embedding_lr,
              decay=h.embedding_decay, relative_eps=h.relative_eps),
-        dict(params=take("bigram"), lr=scale * h.bigram_lr, relative_eps=h.relative_eps),
-        dict(params=take("unembed"), lr=scale * h.unembedding_lr),
-        dict(params=take("residual", "attention.gate"), lr=h.scalar_lr),
-        dict(params=take("attention_conv", "mlp_conv"), lr=h.short_conv_lr),
+        dict(name="bigram", params=take("bigram"), lr=scale * h.bigram_lr,
+             relative_eps=h.relative_eps),
+        dict(name="unembed", params=take("unembed"), lr=scale * h.unembedding_lr),
+        dict(name="scalars", params=take("residual", "attention.gate"), lr=h.scalar_lr),
+        dict(name="short_conv", params=take("attention_conv", "mlp_conv"), lr=h.short_conv_lr),
     ]
     adamw_defaults = dict(kind="adamw", betas=(0.8, 0.95), eps=1e-10, decay=0.0)
     groups = [adamw_defaults | group for group in groups if group["params"]]
@@ -490,7 +491,8 @@ def make_optimizer(model, h):
                          decay=h.matrix_decay, dtype=model.dtype)
     for shape in sorted({p.shape for p in matrices}):
         same_shape = [p for p in matrices if p.shape == shape]
-        groups.append(muon_defaults | dict(params=same_shape))
+        name = "matrices {} x {}".format(*shape)
+        groups.append(muon_defaults | dict(name=name, params=same_shape))
     assert not params, f"make_optimizer does not know {', '.join(params)}"
     return MuonAdamW(groups)
 
@@ -546,8 +548,8 @@ def main():
                 set_schedule(optimizer, h, step, run.progress)
                 scaler.step(optimizer)
                 scaler.update()
+                run.log(step, train_loss, optimizer)
                 optimizer.zero_grad()
-                run.log(step, train_loss)
                 step += 1
                 train_loss = 0.0
 
