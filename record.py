@@ -70,6 +70,16 @@ class Curves:
         self.thread.join(5)
 
 
+def read_curves(folder):
+    """{name: [(step, value), ...]} of the curves of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {name: [(event.step, make_ndarray(event.tensor_proto).item())
+                   for event in events.Tensors(name)] for name in events.Tags()["tensors"]}
+
+
 def quarters(losses):
     """
     The training loss at a quarter, a half, three quarters and the end of a run; [] without points.

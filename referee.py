@@ -914,7 +914,8 @@ class Referee:
             sys.exit("FAIL: `import prepare` must be the first statement of train.py: "
                      "from there on the text is sealed")
         self.program, self.text = program, text
-        self.subject = git(program.parent, "log", "-1", "--format=%s").decode(errors="replace")
+        subject = git(program.parent, "log", "-1", "--format=%s").decode(errors="replace")
+        self.subject = printable(subject.strip())
         if program.name == "train.py" and self.budget >= record.NO_CURVES:
             name = record.folder_name(line, self.subject)
             self.curves = record.Curves(self.cache / "curves" / name)
@@ -1347,7 +1348,7 @@ class Referee:
         if self.hear(self.channel) != ["saved"]:
             return
         known = {key: value for key, value in line.items() if key != "test_bpb"}
-        known |= {"description": self.subject.strip(), "recipe": self.recipe}
+        known |= {"description": self.subject, "recipe": self.recipe}
         try:
             tokenizer = self.folder / "tokenizer.b64"
             record.keep_model(models, path, self.text, tokenizer, known)
