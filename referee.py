@@ -622,10 +622,11 @@ def gpu_clocks(uuid):
 
 def awake():
     """The clock of a run, in seconds: time.monotonic(), which on Windows goes on in sleep."""
-    if sys.platform != "win32":
+    windows = getattr(ctypes, "windll", None)
+    if windows is None:
         return time.monotonic()
     ticks = ctypes.c_ulonglong()
-    ctypes.windll.kernel32.QueryUnbiasedInterruptTime(ctypes.byref(ticks))
+    windows.kernel32.QueryUnbiasedInterruptTime(ctypes.byref(ticks))
     return ticks.value / 1e7
 
 

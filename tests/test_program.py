@@ -41,13 +41,11 @@ def inline(containing):
     return command
 
 
-RUN = commands("Running an experiment", "nohup uv run train.py")
-WAIT = commands("Running an experiment", "kill -0")
+RUN, WAIT = commands("Running an experiment", "trial.py").splitlines()
 TABLE = commands("Setup", "printf")
 DISCARD = commands("The loop, forever", "update-ref")
 COMMIT = inline("git commit -m")
-STOP = inline("kill $(cat run.pid)")
-ALIVE = inline("kill -0 $(cat run.pid)")
+STOP = inline("trial.py stop")
 
 
 @pytest.fixture
@@ -55,7 +53,7 @@ def clone(tmp_path):
     """A clone on the branch of a night; shell(script): its output. uv runs this Python there."""
     folder = tmp_path / "clöne of autoresearch"
     subprocess.run(["git", "clone", "-q", ROOT, folder], check=True)
-    for name in "program.md", "decide.py", ".gitignore":
+    for name in "program.md", "decide.py", "trial.py", ".gitignore":
         (folder / name).write_text((ROOT / name).read_text())
     (tmp_path / "bin").mkdir()
     uv = tmp_path / "bin" / "uv"
@@ -78,9 +76,10 @@ def clone(tmp_path):
 
 def run(shell, seed):
     """Run train.py on a seed as program.md says; its log's name."""
-    script = RUN.replace("-42-", f"-{seed}-").replace("SEED=42", f"SEED={seed}")
-    wait = WAIT.replace("sleep 2", "sleep 0.1")         # here a run takes a tenth of a second
-    return shell("\n".join([script, wait, "echo; echo $log"])).splitlines()[-1]
+    started = shell(RUN.replace("42", str(seed)))
+    log = re.fullmatch(r"started: (run-\S+-\d+-\d{6}\.log)", started)[1]
+    assert shell(WAIT).startswith(f"{log}: ended\n")
+    return log
 
 
 def row(folder, commit, bpb, status, words):
@@ -127,7 +126,7 @@ def test_the_loop_keeps_discards_crashes_and_runs_pairs(clone):
     row(folder, worse, 1.26, "discard", "worse")
     table = (folder / "results.tsv").read_text()
     discard = DISCARD.replace("<tag>", "test").replace("<last kept hash>", better)
-    shell(discard)
+    shell(discard.replace("<short hash>", worse))
     assert shell("git rev-parse --short HEAD") == better
     assert shell("git for-each-ref refs/discarded").endswith(f"refs/discarded/test/{worse}")
     assert (folder / "results.tsv").read_text() == table
@@ -143,7 +142,7 @@ def test_the_loop_keeps_discards_crashes_and_runs_pairs(clone):
     shell("git checkout autoresearch/test")
     assert shell("uv run decide.py").startswith("discard: gain +0.001200")
     assert shell("git rev-parse --short HEAD") == near
-    shell(discard)
+    shell(discard.replace("<short hash>", near))
 
     (folder / "train.py").write_text("raise ValueError('a bug')")
     shell(COMMIT.replace('"<the idea, and why it should help>"', "'a crash'"))
@@ -152,7 +151,7 @@ def test_the_loop_keeps_discards_crashes_and_runs_pairs(clone):
     assert "has no val_bpb" in shell("uv run decide.py")
     crash = shell("git rev-parse --short HEAD")
     row(folder, crash, 0, "crash", "a bug")
-    shell(discard)
+    shell(discard.replace("<short hash>", crash))
     assert shell("git rev-parse --short HEAD") == better != kept
     assert shell("git status --short") == "M program.md"
 
@@ -160,23 +159,48 @@ def test_the_loop_keeps_discards_crashes_and_runs_pairs(clone):
 def test_picking_up_finds_its_own_run_alone(clone):
     folder, shell = clone
     other = subprocess.Popen(["tail", "-f", folder / "train.py"], stdout=subprocess.DEVNULL)
-    alive = f"{ALIVE} && echo alive || echo gone"
+    assert "no run was started here" in shell(WAIT) and "no run is going" in shell(STOP)
     shell(RUN, STOP="1")
-    assert shell(alive).endswith("alive")
-    shell(STOP)
-    for _ in range(50):
-        if shell(alive).endswith("gone"):
-            break
-        time.sleep(0.1)
-    assert shell(alive).endswith("gone") and other.poll() is None
+    assert "a run is going" in shell(RUN)
+    script = "import trial; trial.wait(0.1)"
+    assert "going for" in shell(f"{sys.executable} -c '{script}'")
+    assert shell(STOP).startswith("stopped process")
+    assert shell(WAIT).count("ended") == 1 and other.poll() is None
+    # The number of a process that ended goes to another one, or its file is torn.
+    (folder / "trial.json").write_text(
+        f'{{"pid": {other.pid}, "started": {time.time()}, "log": "run-x.log"}}')
+    assert "ended" in shell(WAIT) and "no run is going" in shell(STOP) and other.poll() is None
+    (folder / "trial.json").write_text('{"pid": 1')
+    assert "no run was started here" in shell(WAIT)
     other.kill()
     other.wait()
+
+
+def test_a_run_belongs_to_its_commit(clone):
+    folder, shell = clone
+    (folder / "train.py").write_text(STUB.format(1.2, 1.2))
+    assert "train.py is not as committed" in shell(RUN) and not list(folder.glob("run-*.log"))
+    assert "neither a seed" in shell("uv run trial.py forty-two")
+
+
+def test_trial_passes_the_budget_on_and_starts_waves(clone):
+    folder, shell = clone
+    budget = "import os; print('budget', os.environ['AUTORESEARCH_TIME_BUDGET'])"
+    (folder / "train.py").write_text(budget)
+    (folder / "wave.py").write_text("import sys; print('wave of', *sys.argv[1:])")
+    (folder.parent / "bin" / "uv").write_text(
+        f'#!/bin/sh\nshift; [ "$1" = --script ] && shift\nexec {sys.executable} "$@"\n')
+    shell(COMMIT.replace('"<the idea, and why it should help>"', "'a budget'"))
+    shell(f"{RUN} --budget 60")
+    assert shell(WAIT).endswith("budget 60")
+    assert shell("uv run trial.py abc:42 def:43") == "started: wave.out"
+    assert shell(WAIT) == "wave.out: ended\nwave of abc:42 def:43"
 
 
 def test_in_a_worktree_the_same_commands_work(clone, tmp_path):
     folder, shell = clone
     shell(f"git worktree add -q -b autoresearch/other '{tmp_path}/tree' main")
-    log = shell("\n".join([f"cd '{tmp_path}/tree'", RUN, WAIT, "echo; echo $log"])).split()[-1]
+    log = shell(f"cd '{tmp_path}/tree'; {RUN}; {WAIT} > /dev/null").split()[-1]
     assert "val_bpb" in (tmp_path / "tree" / log).read_text()
     assert "results.tsv has no baseline" in shell(
         f"cd '{tmp_path}/tree'; {TABLE}; uv run decide.py")

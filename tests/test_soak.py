@@ -11,6 +11,7 @@ import time
 import psutil
 import pytest
 
+import record
 from children import LONG
 
 FAULTS = {
@@ -70,12 +71,14 @@ def test_soak_of_runs_a_third_of_them_with_faults(place):
         if works:
             memory.append(line["peak_vram_mb"])
         disk.append(sum(path.stat().st_size for path in place.cache.rglob("*")
-                        if path.is_file() and path.name != "journal.jsonl"))
+                        if path.is_file() and path.name != "journal.jsonl"
+                        and "models" not in path.parts))
     for process in psutil.process_iter(["cmdline"]):
         if process.info["cmdline"] == ["sleep", "1000"]:
             process.kill()
     assert place.left() == [] and not place.referees()
     assert len(set(disk)) == 1 and max(memory) < 1.2 * min(memory)
+    assert 1 <= len(list((place.cache / "models").iterdir())) <= record.MODELS
     numbers = [line for line in place.lines() if line["failure"] is None]
     assert len(numbers) == good
     print(f"soak: {count} runs, {good} numbers, {count} journal lines; memory {min(memory):.0f} to "
