@@ -333,8 +333,8 @@ def test_labels_cover_no_point_and_no_other_label(night, named, execute, names, 
 
 
 def test_the_file_runs_in_a_real_kernel(tmp_path):
-    """Beside decide.py and record.py, as in a clone."""
-    for name in ("decide.py", "record.py"):
+    """Beside what it imports, as in a clone."""
+    for name in ("decide.py", "record.py", "trial.py"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "results.tsv").write_text(HEADER + "\n".join(NIGHT))
     (tmp_path / "journal.jsonl").write_text("\n".join(map(json.dumps, JOURNAL)))
