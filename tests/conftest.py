@@ -6,6 +6,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+# pytest -n 2: a core for each worker, so that runs in one take nothing from runs in another.
+# Before torch, which counts the cores once.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+if WORKER and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(WORKER.removeprefix("gw")) % len(cores)]})
+
 import pytest
 import torch
 

