@@ -1174,7 +1174,7 @@ class Run:
         with prepare.Run(vocab_size) as run:
             rows = run.warmup(step, rows, model, optimizer)     # compiles, before the clock starts
             for x, y in run.batches(rows):      # the clock starts with the first, and ends the loop
-                ...                             # run.progress goes from 0 to 1
+                ...                             # run.progress goes from 0 to 1, run.epoch up
                 run.log(number, loss)
             val_bpb = run.evaluate_bpb(model)   # once
             run.report(num_steps=...)           # journal, then summary
@@ -1196,6 +1196,7 @@ class Run:
         self.pid = os.getpid()
         self.handed = self.tokens = 0           # batches and tokens handed out
         self.progress = 0.0                     # fraction of the time budget that is over
+        self.epoch = 0.0                        # how often the training text was handed out
         self.reported = False
         self.step_parts = []                    # seconds of forward, backward and the optimizer
         if BOUNDARY == "used":
@@ -1268,13 +1269,14 @@ class Run:
             answer = self.ask("next", rows, 0.5 + len(queued), timeout=timeout)
             if answer[0] == "over":
                 return
-            _, elapsed, path = answer
+            _, elapsed, path, text_tokens = answer
             if packed is None:
                 packed = np.memmap(path, np.int32, "r+", shape=shape)
                 self.training_log = TrainingLog(self)
             self.progress = min(1.0, elapsed / TIME_BUDGET)
             self.handed += 1
             self.tokens += rows * self.context
+            self.epoch = self.tokens / text_tokens
             yield stage(packed)
             if self.device.type == "cuda":
                 queued.append(torch.cuda.Event())       # done when this step is

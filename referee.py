@@ -47,7 +47,7 @@ import record
 # Constants
 
 # The files that decide what a number means. Nobody edits them during research.
-HARNESS = "prepare.py", "machine.py", "referee.py", "record.py", "seal.py"
+HARNESS = "prepare.py", "machine.py", "ngrams.py", "referee.py", "record.py", "seal.py"
 
 COMPARABLE_BUDGET = 300     # seconds of training; a run with another budget is marked as such
 EXTRA_TIME = 300            # seconds for all the rest: a plain run ends within ten minutes
@@ -1074,7 +1074,7 @@ class Referee:
         self.batch[:] = self.packed
         self.handed += 1
         self.tokens += rows * self.context
-        self.channel.send("batch", elapsed, self.batch_path)
+        self.channel.send("batch", elapsed, self.batch_path, self.text_tokens)
         self.fill(self.packed)                          # the next one, while train.py computes
 
     def open_training(self, rows):

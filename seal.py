@@ -21,7 +21,7 @@ from pathlib import Path
 # The files of a user's own text, and the suffixes that a compressed one has after these.
 TEXT_KINDS = ".parquet", ".jsonl", ".ndjson", ".txt", ".md"
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
-OWN_FILES = "prepare.py", "machine.py", "referee.py", "record.py", "seal.py", ".git"
+OWN_FILES = "prepare.py", "machine.py", "ngrams.py", "referee.py", "record.py", "seal.py", ".git"
 
 # ------------------------------------------------------------------------------------------------
 # Landlock. Rights and scopes are bits of linux/landlock.h; the numbers of its three system calls

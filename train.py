@@ -21,6 +21,7 @@ from torch import nn
 from torch.optim.adamw import adamw
 
 import machine
+from ngrams import NGrams
 
 # ------------------------------------------------------------------------------------------------
 # Hyperparameters: each has its default in BASE; a recipe overrides some for its dataset
@@ -39,17 +40,16 @@ BASE = dict(
     value_embed_every=2,        # value embeddings in every nth block, counted from the last
     # For a small text seen for many epochs
     short_conv=0,               # previous tokens in a causal depthwise convolution
-    bigram_rows=0,              # of a hashed bigram embedding
     embed_dropout=0.0,          # probability of zeroing a position's token embedding
     value_dropout=0.0,          # the same, value embedding
-    bigram_dropout=0.0,         # the same, bigram embedding
+    ngram_order=0,              # longest n-grams counted for evaluation, 2 or more; 0: none
+    ngram_share=0.0,            # of their log probabilities in the logits of evaluation
     # Batch
     device_batch_size=32,       # rows of a micro-batch; warmup halves it on out of memory
     grad_accum_steps=1,         # micro-batches per optimizer step
     # AdamW; rates of the embeddings and the output head are multiplied by (width / 768)^-0.5
     embedding_lr=0.6,           # token and value embeddings
     embedding_decay=0.003,      # their weight decay
-    bigram_lr=0.3,              # bigram embedding
     relative_eps=0.0,           # eps of all embeddings / RMS of their gradient: slows rare rows
     unembedding_lr=0.005,       # output head
     scalar_lr=0.1,              # gates and residual weights
@@ -91,10 +91,10 @@ RECIPES = {
         qk_scale=1.2,
         value_embed_every=1,
         short_conv=3,
-        bigram_rows=65536,
         embed_dropout=0.05,
         value_dropout=0.1,
-        bigram_dropout=0.15,
+        ngram_order=6,
+        ngram_share=0.3,
         device_batch_size=16,
         embedding_lr=0.15,
         embedding_decay=0.01,
@@ -197,16 +197,14 @@ class Block(nn.Module):
         super().__init__()
         self.attention = Attention(h, attend, window, gated)
         self.mlp = MLP(h)
-        self.residual = nn.Parameter(torch.empty(3))        # weights of x, x0 and bigram
+        self.residual = nn.Parameter(torch.empty(2))        # weights of x and x0
         self.attention_conv = ShortConv(h.width, h.short_conv) if h.short_conv else nn.Identity()
         self.mlp_conv = ShortConv(h.width, h.short_conv) if h.short_conv else nn.Identity()
 
     @machine.compiled_on("cpu")         # a block at a time: the same code for all of them
-    def forward(self, x, x0, bigram, value_embed, cos, sin):
+    def forward(self, x, x0, value_embed, cos, sin):
         weights = self.residual.to(x.dtype)
         x = weights[0] * x + weights[1] * x0
-        if bigram is not None:
-            x = x + weights[2] * bigram
         x = x + self.attention(self.attention_conv(norm(x)), value_embed, cos, sin)
         return x + self.mlp(self.mlp_conv(norm(x)))
 
@@ -250,7 +248,7 @@ class GPT(nn.Module):
         super().__init__()
         self.h, self.dtype = h, dtype
         self.embed = nn.Embedding(h.vocab_size, h.width)
-        self.bigram = nn.Embedding(h.bigram_rows, h.width, sparse=True) if h.bigram_rows else None
+        self.ngrams = NGrams(h.ngram_order, h.vocab_size) if h.ngram_order else None
         self.value_embed = nn.ModuleDict()
         self.blocks = nn.ModuleList()
         for i in range(h.depth):
@@ -277,12 +275,12 @@ class GPT(nn.Module):
                     p.normal_(std=0.001)
                 case "attention.q" | "attention.k" | "attention.v" | "mlp.up" | "value_embed":
                     p.uniform_(-bound, bound)
-                case "attention.out" | "mlp.down" | "attention.gate" | "bigram":
+                case "attention.out" | "mlp.down" | "attention.gate":
                     p.zero_()
                 case "attention_conv" | "mlp_conv":
                     p.zero_()
                 case "residual":
-                    p.copy_(torch.tensor([1, 0.1, 0.1]))
+                    p.copy_(torch.tensor([1, 0.1]))
                 case _:
                     raise ValueError(f"init_weights does not know {name}")
 
@@ -291,23 +289,21 @@ class GPT(nn.Module):
         Logits (B, T, vocab_size) in float32 for token ids (B, T): evaluation takes these. With
         targets (B, T), in training, their mean loss in nats, ignoring -1.
         """
-        bigram = None
-        if self.bigram is not None:
-            bigram = self.bigram(bigram_hash(ids, self.h.bigram_rows)).to(self.dtype)
-        x = self.hidden(ids, bigram)
+        x = self.hidden(ids)
         if targets is None:
-            return softcap(self.unembed(x).float(), self.h.softcap)
+            logits = softcap(self.unembed(x).float(), self.h.softcap)
+            if self.ngrams is not None and self.ngrams.counted:
+                logits = logits.lerp_(self.ngrams(ids), self.h.ngram_share)
+            return logits
         targets = targets.flatten()
         loss = summed_loss(x.flatten(0, 1), self.unembed.weight, targets, self.h.softcap)
         return loss / (targets >= 0).sum()
 
     @machine.compiled_on("cuda")        # one graph: all blocks, and the look-ups
-    def hidden(self, ids, bigram):
-        """The residual stream after the last block, normed. bigram: (B, T, width) or None."""
+    def hidden(self, ids):
+        """The residual stream after the last block, normed: (B, T, width)."""
         h = self.h
         x0 = self.drop(norm(look_up(self.embed, ids, self.dtype)), h.embed_dropout)
-        if bigram is not None:
-            bigram = self.drop(bigram, h.bigram_dropout)
         x = x0.clone()      # aliased inputs would have block 0 compiled separately
         cos, sin = self.cos[:ids.size(1)], self.sin[:ids.size(1)]
         for i, block in enumerate(self.blocks):
@@ -315,7 +311,7 @@ class GPT(nn.Module):
             if str(i) in self.value_embed:
                 value_embed = look_up(self.value_embed[str(i)], ids, self.dtype)
                 value_embed = self.drop(value_embed, h.value_dropout)
-            x = block(x, x0, bigram, value_embed, cos, sin)
+            x = block(x, x0, value_embed, cos, sin)
         return norm(x)
 
     def drop(self, x, p):
@@ -336,12 +332,6 @@ class GPT(nn.Module):
             keys = sum(min(t + 1, block.attention.window) for t in range(context)) / context
             flops += 12 * self.h.width * keys
         return flops
-
-
-def bigram_hash(ids, rows):
-    """The row of each token and the one before it: two odd multipliers, xor, modulo."""
-    previous = F.pad(ids, (1, 0))[:, :-1]
-    return ((36313 * ids) ^ (27191 * previous)) % rows
 
 
 def role(name):
@@ -406,8 +396,8 @@ def adamw_update(p, g, m, v, steps, lr, betas, eps, decay):
 
 class MuonAdamW(torch.optim.Optimizer):
     """
-    Parameter groups of kind "muon", matrices of one shape updated together, and of kind "adamw".
-    AdamW with a sparse gradient updates only the rows that the batch looked up.
+    Parameter groups of kind "muon", matrices of one shape updated together, and of kind "adamw",
+    where relative_eps is added to eps in units of the RMS of a tensor's gradient.
     """
 
     def __init__(self, groups):
@@ -439,28 +429,14 @@ class MuonAdamW(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p].update(m=torch.zeros_like(p), v=torch.zeros_like(p),
                                      step=torch.zeros((), device=p.device))
-        if relative_eps or params[0].grad.is_sparse:
-            for p in params:
-                self.step_table(p, lr, betas, eps, decay, relative_eps)
-        else:               # a few kernels for all
-            g, states = [p.grad for p in params], [self.state[p] for p in params]
-            m, v, steps = ([state[key] for state in states] for key in ("m", "v", "step"))
+        g, states = [p.grad for p in params], [self.state[p] for p in params]
+        m, v, steps = ([state[key] for state in states] for key in ("m", "v", "step"))
+        if not relative_eps:        # a few kernels for all
             adamw_update(params, g, m, v, steps, lr, betas, eps, decay)
-
-    def step_table(self, param, lr, betas, eps, decay, relative_eps):
-        p, g, state = param, param.grad, self.state[param]
-        m, v, step = state["m"], state["v"], state["step"]
-        if g.is_sparse:                                     # update copies of the rows looked up
-            g = g.coalesce()
-            rows, g = g.indices()[0], g.values()
-            tables = [p, m, v]
-            p, m, v = (table[rows] for table in tables)
-        if relative_eps:
-            eps = eps + relative_eps * v.mean().sqrt().item()
-        adamw_update([p], [g], [m], [v], [step], lr, betas, eps, decay)
-        if p is not param:
-            for table, new in zip(tables, (p, m, v)):
-                table[rows] = new
+        for i in range(len(params) if relative_eps else 0):
+            each = [tensors[i:i + 1] for tensors in (params, g, m, v, steps)]
+            table_eps = eps + relative_eps * v[i].mean().sqrt().item()
+            adamw_update(*each, lr, betas, table_eps, decay)
 
 
 def make_optimizer(model, h):
@@ -476,8 +452,6 @@ def make_optimizer(model, h):
     groups = [
         dict(name="embeddings", params=take("embed", "value_embed"), lr=scale * h.embedding_lr,
              decay=h.embedding_decay, relative_eps=h.relative_eps),
-        dict(name="bigram", params=take("bigram"), lr=scale * h.bigram_lr,
-             relative_eps=h.relative_eps),
         dict(name="unembed", params=take("unembed"), lr=scale * h.unembedding_lr),
         dict(name="scalars", params=take("residual", "attention.gate"), lr=h.scalar_lr),
         dict(name="short_conv", params=take("attention_conv", "mlp_conv"), lr=h.short_conv_lr),
@@ -541,6 +515,8 @@ def main():
 
         step, train_loss = 0, 0.0
         for micro_step, (x, y) in enumerate(run.batches(rows), start=1):   # until time is up
+            if model.ngrams is not None:
+                model.ngrams.watch(x, y, run.epoch, run.progress)
             loss = model(x, y) / grad_accum_steps
             scaler.scale(loss).backward()
             train_loss += loss.detach()

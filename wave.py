@@ -46,7 +46,8 @@ from tqdm import tqdm
 import decide
 
 HERE = Path(__file__).resolve().parent
-HARNESS = "prepare.py", "machine.py", "referee.py", "record.py", "seal.py"  # as in referee.py
+# As in referee.py
+HARNESS = "prepare.py", "machine.py", "ngrams.py", "referee.py", "record.py", "seal.py"
 GRACE = 360             # seconds for all but training, after which a run hangs
 RETRIES = 2             # of a run whose machine died
 HANGS = "hangs"         # in place of an exit status

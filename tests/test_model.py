@@ -77,7 +77,7 @@ def test_a_window_limits_what_a_layer_sees():
     changed[:, 10] += 1
 
     def outputs(x):
-        return block(x, x, None, value_embed, model.cos, model.sin)
+        return block(x, x, value_embed, model.cos, model.sin)
 
     moved = (outputs(x) - outputs(changed)).abs().amax((0, 2))
     assert (moved[:10] == 0).all() and (moved[10:14] > 0).all() and (moved[14:] == 0).all()
@@ -124,7 +124,6 @@ def random_ids(rows=2, lowest=0):
 @pytest.mark.parametrize("name", train.RECIPES)
 def test_every_parameter_of_every_recipe_learns(name):
     h = recipe(name, vocab_size=64, width=64, head_dim=32)
-    h.bigram_rows = min(h.bigram_rows, 64)
     model = train.GPT(h, 32, torch.float32)
     model.init_weights()
     optimizer = train.make_optimizer(model, h)
@@ -136,9 +135,11 @@ def test_every_parameter_of_every_recipe_learns(name):
     assert all((p != old).any() for p, old in zip(model.parameters(), before))
 
 
-@pytest.mark.parametrize("changes", [{}, {"bigram_rows": 0, "value_embed_every": 2}])
+@pytest.mark.parametrize("changes", [{}, {"ngram_order": 0, "value_embed_every": 2}])
 def test_the_model_is_causal_and_its_rows_are_independent(changes):
     model = noisy_model(**changes).eval()
+    if model.ngrams is not None:
+        model.ngrams.count(random_ids(9), random_ids(9))
     ids = random_ids(3)
     logits = model(ids)
     other = ids.clone()
@@ -164,7 +165,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_scored_targets():
 @pytest.mark.parametrize("chunk_logits", [2**30, 2**10])
 def test_the_gradients_taken_by_chunks_are_those_of_torchs_cross_entropy(chunk_logits, monkeypatch):
     monkeypatch.setitem(machine.CHUNK_LOGITS, "cpu", chunk_logits)
-    model, ids, targets = noisy_model(bigram_rows=0), random_ids(8), random_ids(8, lowest=-1)
+    model, ids, targets = noisy_model(), random_ids(8), random_ids(8, lowest=-1)
     (3 * model(ids, targets)).backward()
     ours = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
@@ -175,7 +176,7 @@ def test_the_gradients_taken_by_chunks_are_those_of_torchs_cross_entropy(chunk_l
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
-    model, ids, targets = noisy_model(bigram_rows=0), random_ids(8), random_ids(8)
+    model, ids, targets = noisy_model(), random_ids(8), random_ids(8)
     gradients = []
     for steps in (1, 4):
         model.zero_grad()
@@ -188,7 +189,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
 
 def test_dropout_drops_whole_positions_keeps_the_mean_and_ends_with_training():
     torch.manual_seed(0)
-    dropouts = dict(embed_dropout=0.5, value_dropout=0.5, bigram_dropout=0.5)
+    dropouts = dict(embed_dropout=0.5, value_dropout=0.5)
     model, ids = noisy_model(**dropouts), random_ids()
     y = model.drop(torch.ones(50, 100, 3), 0.25)
     assert y.unique().tolist() == pytest.approx([0, 4 / 3])

@@ -569,8 +569,8 @@ def launch(patches, folder, small_cache, cache="cache", budget=0.5, **more):
     (clone / "earlier.pt").write_bytes(b"weights")
     copy_programs(clone)
     (clone / "train.py").write_text(patched(patches))
-    child = forked(clone / "train.py", AUTORESEARCH_CACHE_DIR=cache, AUTORESEARCH_TIME_BUDGET=budget,
-                   THREADS=1, **more)
+    child = forked(clone / "train.py", AUTORESEARCH_CACHE_DIR=cache, THREADS=1,
+                   AUTORESEARCH_TIME_BUDGET=budget, **more)
     assert "another run is at work" not in child.stdout
     return child.stdout, child.returncode, last_line(cache)
 
