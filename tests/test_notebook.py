@@ -10,7 +10,6 @@ import matplotlib.figure
 import matplotlib.pyplot
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
 from children import ROOT
 
@@ -330,22 +329,6 @@ def test_labels_cover_no_point_and_no_other_label(night, named, execute, names, 
     for number, (left, bottom, right, top) in enumerate(labels):
         for other in labels[:number]:
             assert max(left - other[2], other[0] - right, bottom - other[3], other[1] - top) > 0
-
-
-def test_the_file_runs_in_a_real_kernel(tmp_path):
-    """Beside what it imports, as in a clone."""
-    for name in ("decide.py", "record.py", "trial.py"):
-        shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "results.tsv").write_text(HEADER + "\n".join(NIGHT))
-    (tmp_path / "journal.jsonl").write_text("\n".join(map(json.dumps, JOURNAL)))
-    notebook = nbformat.read(ROOT / "analysis.ipynb", as_version=4)
-    nbformat.validate(notebook)
-    resources = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(notebook, timeout=120, resources=resources).execute()
-    assert (tmp_path / "progress.png").exists()
-    said = "".join(output.get("text", "") for cell in notebook.cells
-                   for output in cell.get("outputs", []))
-    assert "held up" in said
 
 
 def in_wave(name, start, commit, val, **more):
