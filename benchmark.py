@@ -131,6 +131,8 @@ def fractions(step, seconds=60):
         if number == 0:
             mark = step.now()                       # what came before is startup
         lap("loader")
+        if step.model.ngrams is not None:
+            step.model.ngrams.watch(x, y, run.epoch, run.progress)
         loss = step.model(x, y)
         loss.backward()
         train.set_schedule(step.optimizer, step.h, number, run.progress)

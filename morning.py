@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import nbformat
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbconvert import HTMLExporter
-from nbconvert.preprocessors import CellExecutionError, ExecutePreprocessor
+from nbconvert.preprocessors import ExecutePreprocessor
 from traitlets.config import Config
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
@@ -26,6 +27,8 @@ try:
     ExecutePreprocessor(timeout=600).preprocess(notebook)
 except CellExecutionError as error:
     sys.exit(f"analysis.ipynb stopped: {error.ename}: {error.evalue}")
+except (CellTimeoutError, DeadKernelError) as error:
+    sys.exit(f"analysis.ipynb stopped: {str(error).strip().splitlines()[0]}")
 # No script from elsewhere: the page is read where there is no network too.
 urls = ("mathjax_url", "require_js_url", "jquery_url", "mermaid_js_url")
 config = Config(

@@ -1,7 +1,10 @@
 """
 An n-gram model, counted during training. Mixed into the logits of evaluation it helps a small
-network that has seen its text for minutes only; one that trains longer learns all this by itself.
+network that has seen its text for minutes only; beside one that trains longer it gains little.
 """
+
+import sys
+import time
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +15,20 @@ class NGrams(nn.Module):
     """
     What followed the last tokens in the text so far: interpolated Kneser-Ney with one discount per
     order (Chen and Goodman 1999). A context is known by a hash, which makes an n-gram one integer
-    and counting a sort. Bigrams are in a dense table, for small vocabularies; the rest in lists.
+    and counting a sort. Bigrams are in a dense vocabulary x vocabulary table, the rest in lists.
+
+    order: tokens of the longest n-grams, at least 3. Exits if the table would get too large.
     """
 
     def __init__(self, order, vocab_size):
         super().__init__()
+        if order < 3 or vocab_size > 2**14:
+            sys.exit(f"n-grams of {order} tokens at a vocabulary of {vocab_size:,}: they take 3 or "
+                     "more, and a vocabulary of at most 16,384; set ngram_order=0 in train.py")
         self.order, self.vocab_size = order, vocab_size
         self.hashes = 2**62 // vocab_size       # hash x vocab_size + word fits into an int64
         generator = torch.Generator().manual_seed(0)
-        self.register_buffer("multipliers", torch.randint(2**62, (order,), generator=generator))
+        self.register_buffer("multipliers", torch.randint(2**62, (order - 1,), generator=generator))
         self.seen = []                          # batches x, y that are still to be counted
         self.register_load_state_dict_pre_hook(make_room)
 
@@ -29,19 +37,22 @@ class NGrams(nn.Module):
         return hasattr(self, "bigrams")
 
     def watch(self, x, y, epoch, progress):
-        """Keep a run's batches until its first epoch or nine tenths of it are over, then count."""
+        """Keep the batches of the first epoch, or of 90% of a shorter run, and then count them."""
         if self.counted:
             return
         if epoch <= 1 or not self.seen:
-            self.seen.append((x, y))
+            self.seen.append((x.int(), y.int()))
         if epoch > 1 or progress > 0.9:
-            self.count(*(torch.cat(batches) for batches in zip(*self.seen)))
+            start = time.monotonic()
+            x, y = (torch.cat(batches).long() for batches in zip(*self.seen))
             self.seen.clear()
+            self.count(x, y)
+            print(f"n-grams of {y.numel():,} tokens counted in {time.monotonic() - start:.1f} s")
 
     def hash(self, ids, n):
-        """Of the n tokens up to each place of ids (B, T), or fewer at the start of a row: (B T)."""
+        """Hashes (B x T) of the last n tokens at each place of ids (B, T), fewer at the start."""
         hashes = torch.full_like(ids, n)
-        for back, multiplier in enumerate(self.multipliers[:n]):
+        for back, multiplier in enumerate(self.multipliers[:min(n, ids.size(1))]):
             hashes[:, back:] += multiplier * (1 + ids[:, :ids.size(1) - back])
         return hashes.remainder_(self.hashes).flatten()
 
@@ -56,28 +67,31 @@ class NGrams(nn.Module):
             _, count = keys.unique_consecutive(return_counts=True)
             # An n-gram keeps one place: shorter ones count the different tokens before them.
             places = places[by_key[count.cumsum(0) - count]]
-            contexts, of, kinds = contexts[places].unique_consecutive(
+            contexts, context_of, kinds = contexts[places].unique_consecutive(
                 return_inverse=True, return_counts=True)
             once, twice = (count == 1).sum(), (count == 2).sum()
-            discount = (once + 1) / (once + 2 * twice + 2)      # + 1, + 2: any word stays possible
-            total = torch.zeros_like(kinds).index_add_(0, of, count)
-            share = (count - discount) / total[of]
-            left = discount * kinds / total                     # to what a shorter context says
+            # n1 / (n1 + 2 n2), with one more of each so that it stays above 0, and with it the
+            # probability of a word that was not seen.
+            discount = (once + 1) / (once + 2 * twice + 2)
+            total = torch.zeros_like(kinds).index_add_(0, context_of, count)
+            share = (count - discount) / total[context_of]
+            backoff = discount * kinds / total      # the share of what a shorter context says
             if n > 2:
-                tables.append((contexts, kinds, left, words[places], share))
+                tables.append((contexts, kinds, backoff, words[places], share))
             elif n == 2:
                 pairs, pair_share = (before[places], words[places]), share
-                pair_left = share.new_ones(self.vocab_size).index_put_(pairs[:1], left[of])
+                pair_backoff = share.new_ones(self.vocab_size)
+                pair_backoff[before[places]] = backoff[context_of]
             else:
-                unigrams = (left / self.vocab_size).repeat(self.vocab_size)
+                unigrams = (backoff / self.vocab_size).repeat(self.vocab_size)
                 unigrams[words[places]] += share
-        bigrams = torch.outer(pair_left, unigrams).index_put_(pairs, pair_share, accumulate=True)
-        contexts, kinds, left, words, share = (torch.cat(parts) for parts in zip(*tables))
+        bigrams = torch.outer(pair_backoff, unigrams).index_put_(pairs, pair_share, accumulate=True)
+        contexts, kinds, backoff, words, share = (torch.cat(parts) for parts in zip(*tables))
         contexts, by_context = contexts.sort()
-        tables = dict(
-            bigrams=bigrams, contexts=contexts, kinds=kinds[by_context].int(),
-            ends=kinds.cumsum(0)[by_context].int(), left=left[by_context],  # of a context's words
-            words=words.int(), share=share)
+        # A context's words are the `kinds` entries of words and share before its end.
+        tables = dict(bigrams=bigrams, contexts=contexts, kinds=kinds[by_context].int(),
+                      ends=kinds.cumsum(0)[by_context].int(), backoff=backoff[by_context],
+                      words=words.int(), share=share)
         for name, tensor in tables.items():
             self.register_buffer(name, tensor)
 
@@ -94,7 +108,8 @@ class NGrams(nn.Module):
             entries += torch.arange(len(entries), device=ids.device)
             at = (places * self.vocab_size).repeat_interleave(kinds) + self.words[entries]
             found.append((at, self.share[entries] * left[places].repeat_interleave(kinds)))
-            left[places] *= self.left[i]
+            left[places] *= self.backoff[i]
+        # Indexing the table would take four times as long on a CPU.
         p = F.embedding(ids.flatten(), self.bigrams).mul_(left[:, None])
         for at, share in found:
             p.view(-1).index_add_(0, at, share)

@@ -125,7 +125,8 @@ def named_groups(optimizer):
 
 
 def rates(optimizer):
-    return {name: float(group["lr"]) for name, group in named_groups(optimizer).items()}
+    groups = named_groups(optimizer)
+    return {name: float(group["lr"]) for name, group in groups.items() if "lr" in group}
 
 
 def gradient_norms(optimizer):
@@ -219,7 +220,7 @@ def kept_models(folder, dataset=None, commit=""):
 
 def peers(record):
     """What runs must have in common for one to be better than another."""
-    return tuple(record.get(key) for key in ("dataset", "val_text_sha256", "device"))
+    return tuple(record.get(key) for key in ("dataset", "val_text_sha256", "device", "time_budget"))
 
 
 def is_best(folder, line):

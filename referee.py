@@ -1000,6 +1000,7 @@ class Referee:
             "referee_sha256": file_sha256(here / "referee.py"),
             "seal_sha256": file_sha256(here / "seal.py"),
             "machine_sha256": file_sha256(here / "machine.py"),
+            "ngrams_sha256": file_sha256(here / "ngrams.py"),
             "prepare_changed": harness_changed(here),
             "dataset": dataset["name"],
             "vocab_size": self.vocab_size,

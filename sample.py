@@ -1,5 +1,5 @@
 """
-Have the best model in the cache write on from a text, a token at a time.
+Have the best model in the cache continue a text, a token at a time.
 
     uv run sample.py "The state of the union" [--commit COMMIT] [--tokens N] [--temperature T]
     uv run sample.py --bpb FILE             # bits per byte of a text file of your own
@@ -27,7 +27,7 @@ parser.add_argument("--commit", default="", help="another model that is kept")
 parser.add_argument("--tokens", type=int, default=200)
 parser.add_argument("--temperature", type=float, default=0.8)
 parser.add_argument("--bpb", metavar="FILE", type=Path)
-arguments, sys.stdout = parser.parse_args(), sys.stderr         # what is said goes there
+arguments, sys.stdout = parser.parse_args(), sys.stderr         # messages go there
 if arguments.bpb and not arguments.bpb.is_file():
     sys.exit(f"there is no file {arguments.bpb}")
 text = arguments.bpb.read_bytes() if arguments.bpb else arguments.text.encode()

@@ -6,7 +6,8 @@ One experiment: train a small GPT for five minutes on the text that prepare.py m
 Hyperparameters, model, optimizer, training loop, in this order; everything may be changed. What
 comes from prepare.py (batches, clock, metric, seed) is fixed, so that results of two versions of
 this file are comparable. The dataset is the one that prepare.py was last run for. machine.py holds
-what is hardware-specific: dtype, attention kernels, compiler.
+what is hardware-specific (dtype, attention kernels, compiler), ngrams.py the model of counts that
+the recipe of a small text mixes into evaluation.
 """
 
 import prepare  # first: it seals this process off from the texts, before torch starts threads
@@ -38,11 +39,11 @@ BASE = dict(
     qk_scale=1.1,               # multiplies queries and keys after RMS norm
     softcap=15,                 # logits stay within +-this; above 75, exp() could overflow
     value_embed_every=2,        # value embeddings in every nth block, counted from the last
-    # For a small text seen for many epochs
+    # For a small text
     short_conv=0,               # previous tokens in a causal depthwise convolution
     embed_dropout=0.0,          # probability of zeroing a position's token embedding
     value_dropout=0.0,          # the same, value embedding
-    ngram_order=0,              # longest n-grams counted for evaluation, 2 or more; 0: none
+    ngram_order=0,              # tokens of the longest n-grams counted for evaluation; 0: none
     ngram_share=0.0,            # of their log probabilities in the logits of evaluation
     # Batch
     device_batch_size=32,       # rows of a micro-batch; warmup halves it on out of memory
@@ -275,9 +276,8 @@ class GPT(nn.Module):
                     p.normal_(std=0.001)
                 case "attention.q" | "attention.k" | "attention.v" | "mlp.up" | "value_embed":
                     p.uniform_(-bound, bound)
-                case "attention.out" | "mlp.down" | "attention.gate":
-                    p.zero_()
-                case "attention_conv" | "mlp_conv":
+                case ("attention.out" | "mlp.down" | "attention.gate"
+                      | "attention_conv" | "mlp_conv"):
                     p.zero_()
                 case "residual":
                     p.copy_(torch.tensor([1, 0.1]))
@@ -293,7 +293,7 @@ class GPT(nn.Module):
         if targets is None:
             logits = softcap(self.unembed(x).float(), self.h.softcap)
             if self.ngrams is not None and self.ngrams.counted:
-                logits = logits.lerp_(self.ngrams(ids), self.h.ngram_share)
+                logits.lerp_(self.ngrams(ids), self.h.ngram_share)
             return logits
         targets = targets.flatten()
         loss = summed_loss(x.flatten(0, 1), self.unembed.weight, targets, self.h.softcap)
@@ -431,12 +431,12 @@ class MuonAdamW(torch.optim.Optimizer):
                                      step=torch.zeros((), device=p.device))
         g, states = [p.grad for p in params], [self.state[p] for p in params]
         m, v, steps = ([state[key] for state in states] for key in ("m", "v", "step"))
-        if not relative_eps:        # a few kernels for all
-            adamw_update(params, g, m, v, steps, lr, betas, eps, decay)
-        for i in range(len(params) if relative_eps else 0):
-            each = [tensors[i:i + 1] for tensors in (params, g, m, v, steps)]
-            table_eps = eps + relative_eps * v[i].mean().sqrt().item()
-            adamw_update(*each, lr, betas, table_eps, decay)
+        if not relative_eps:
+            adamw_update(params, g, m, v, steps, lr, betas, eps, decay)     # few kernels for all
+            return
+        for each in zip(params, g, m, v, steps):
+            rms = each[3].mean().sqrt().item()
+            adamw_update(*([tensor] for tensor in each), lr, betas, eps + relative_eps * rms, decay)
 
 
 def make_optimizer(model, h):

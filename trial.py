@@ -18,15 +18,16 @@ from pathlib import Path
 
 import psutil
 
+RESULTS = Path("results.tsv")
 STATE = Path("trial.json")                  # the last run that was started here
-KEYS = {"pid": int, "started": float, "log": Path}
+KEYS = {"pid": int, "started": float, "log": Path, "command": list}
 DETACHED = {"start_new_session": True}      # outlives the command and the agent that started it
 if sys.platform == "win32":
     DETACHED = {"creationflags": subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP}
 
 
 def last():
-    """{pid, started, log} of the last run that was started here; {} if there is none."""
+    """{pid, started, log, command} of the last run that was started here; {} if there is none."""
     try:
         found = json.loads(STATE.read_text("utf-8"))
         return {key: kind(found[key]) for key, kind in KEYS.items()}
@@ -38,8 +39,8 @@ def going():
     """The process of that run, or None once it has ended."""
     try:
         process = psutil.Process(last()["pid"])
-        # not a later process with its number
-        same = process.cwd() == os.getcwd() and {"train.py", "wave.py"} & set(process.cmdline())
+        # Not a later process with its number. A system may name the program by another path.
+        same = process.cmdline()[1:] == last()["command"][1:]
         return process if same and process.status() != psutil.STATUS_ZOMBIE else None
     except (KeyError, ValueError, psutil.Error):
         return None
@@ -54,11 +55,13 @@ def start(runs, budget):
     """Start train.py on the seed runs[0], or wave.py with runs like COMMIT:SEED."""
     if process := going():
         sys.exit(f"a run is going, process {process.pid}; wait for it: uv run trial.py wait")
+    if not RESULTS.exists():
+        RESULTS.write_text("commit\tval_bpb\tmemory_gb\tstatus\tdescription\n", "utf-8")
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     if budget:
         environment["AUTORESEARCH_TIME_BUDGET"] = budget
     if ":" in runs[0]:
-        command = [shutil.which("uv") or "uv", "run", "--script", "wave.py", *runs]
+        command = [shutil.which("uv") or "uv", "run", "--script", os.path.abspath("wave.py"), *runs]
         log = Path("wave.out")
     elif len(runs) > 1 or not runs[0].isdecimal():
         sys.exit(f"{' '.join(runs)} is neither a seed nor runs like COMMIT:SEED")
@@ -68,12 +71,12 @@ def start(runs, budget):
     else:
         environment["AUTORESEARCH_SEED"] = runs[0]
         commit = git("rev-parse", "--short", "HEAD") or "nogit"
-        log = Path(f"run-{commit}-{runs[0]}-{time.strftime('%d%H%M')}.log")
-        command = [sys.executable, "train.py"]
+        log = Path(f"run-{commit}-{runs[0]}-{time.strftime('%d%H%M%S')}.log")
+        command = [sys.executable, os.path.abspath("train.py")]
     with open(log, "wb") as file:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file,
-                               stderr=subprocess.STDOUT, env=environment, **DETACHED)
-    state = {"pid": process.pid, "started": time.time(), "log": str(log)}
+                                   stderr=subprocess.STDOUT, env=environment, **DETACHED)
+    state = {"pid": process.pid, "started": time.time(), "log": str(log), "command": command}
     STATE.write_text(json.dumps(state), "utf-8")
     print(f"started: {log}")
 

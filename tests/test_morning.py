@@ -1,4 +1,4 @@
-"""morning.py as a person runs it in a clone: the page that comes out, and what it says without."""
+"""morning.py as a person runs it in a clone: the page, or why there is none."""
 
 import json
 import re

@@ -85,3 +85,15 @@ def test_it_counts_the_first_epoch_once(counted, epoch, progress, rows):
         ngrams.watch(x[4:], y[4:], epoch, progress)
     alone.count(x[:rows], y[:rows])
     assert (ngrams(x) == alone(x)).all() and not ngrams.seen
+
+
+@pytest.mark.parametrize("length", range(1, 7))
+def test_rows_may_be_shorter_than_its_contexts(counted, length):
+    ngrams, x, _ = counted
+    torch.testing.assert_close(ngrams(x[:, :length]), ngrams(x)[:, :length])
+
+
+@pytest.mark.parametrize("order,vocab_size", [(2, 64), (6, 2**14 + 1)])
+def test_what_it_cannot_do_is_said(order, vocab_size):
+    with pytest.raises(SystemExit, match="set ngram_order=0"):
+        NGrams(order, vocab_size)

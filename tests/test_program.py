@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from children import ROOT
+from children import ROOT, copy_programs
 
 TEXT = (ROOT / "program.md").read_text()
 
@@ -42,7 +42,6 @@ def inline(containing):
 
 
 RUN, WAIT = commands("Running an experiment", "trial.py").splitlines()
-TABLE = commands("Setup", "printf")
 DISCARD = commands("The loop, forever", "update-ref")
 COMMIT = inline("git commit -m")
 STOP = inline("trial.py stop")
@@ -70,14 +69,14 @@ def clone(tmp_path):
 
     (folder / "train.py").write_text(STUB.format(1.25, 1.2501))
     shell("git checkout -qb autoresearch/test && git add -A && git commit -qm stub && "
-          "git branch -f main && " + TABLE)
+          "git branch -f main")
     return folder, shell
 
 
 def run(shell, seed):
     """Run train.py on a seed as program.md says; its log's name."""
     started = shell(RUN.replace("42", str(seed)))
-    log = re.fullmatch(r"started: (run-\S+-\d+-\d{6}\.log)", started)[1]
+    log = re.fullmatch(r"started: (run-\S+-\d+-\d{8}\.log)", started)[1]
     assert shell(WAIT).startswith(f"{log}: ended\n")
     return log
 
@@ -168,12 +167,29 @@ def test_picking_up_finds_its_own_run_alone(clone):
     assert shell(WAIT).count("ended") == 1 and other.poll() is None
     # The number of a process that ended goes to another one, or its file is torn.
     (folder / "trial.json").write_text(
-        f'{{"pid": {other.pid}, "started": {time.time()}, "log": "run-x.log"}}')
+        f'{{"pid": {other.pid}, "started": {time.time()}, "log": "run-x.log", '
+        f'"command": ["python", "{folder}/train.py"]}}')
     assert "ended" in shell(WAIT) and "no run is going" in shell(STOP) and other.poll() is None
     (folder / "trial.json").write_text('{"pid": 1')
     assert "no run was started here" in shell(WAIT)
     other.kill()
     other.wait()
+
+
+def test_a_real_run_is_known_while_it_goes_on(clone, cache):
+    """It is sealed: in another working folder than the one it was started in."""
+    folder, shell = clone
+    copy_programs(folder)
+    small = (ROOT / "tests" / "small.py").read_text()
+    (folder / "train.py").write_text(small.replace("prepare.Run(400)", "prepare.Run(512)"))
+    shell(COMMIT.replace('"<the idea, and why it should help>"', "'a real run'"))
+    started = shell(f"{RUN} --budget 30", AUTORESEARCH_CACHE_DIR=str(cache))
+    log = folder / started.removeprefix("started: ")
+    while "step " not in log.read_text():
+        assert "Error" not in log.read_text() and "FAIL" not in log.read_text()
+        time.sleep(0.1)
+    assert "a run is going" in shell(RUN)
+    assert shell(STOP).startswith("stopped process") and "ended" in shell(WAIT)
 
 
 def test_a_run_belongs_to_its_commit(clone):
@@ -203,4 +219,4 @@ def test_in_a_worktree_the_same_commands_work(clone, tmp_path):
     log = shell(f"cd '{tmp_path}/tree'; {RUN}; {WAIT} > /dev/null").split()[-1]
     assert "val_bpb" in (tmp_path / "tree" / log).read_text()
     assert "results.tsv has no baseline" in shell(
-        f"cd '{tmp_path}/tree'; {TABLE}; uv run decide.py")
+        f"cd '{tmp_path}/tree'; uv run decide.py")
