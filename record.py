@@ -74,7 +74,7 @@ def read_curves(folder):
     """{name: [(step, value), ...]} of the curves of a run."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
-    events = EventAccumulator(str(folder))
+    events = EventAccumulator(str(folder), size_guidance={"tensors": 0})    # all, not a sample
     events.Reload()
     return {name: [(event.step, make_ndarray(event.tensor_proto).item())
                    for event in events.Tensors(name)] for name in events.Tags()["tensors"]}

@@ -1326,11 +1326,13 @@ class Referee:
         for key in ("num_steps", "peak_vram_mb", "mfu_percent", "num_params", "depth", "reseeded",
                     "attention", "compiled"):
             self.line[key] = numbers.get(key)
+        # before this run has a line there
+        kept = record.last_kept(self.program.parent, self.cache / "journal.jsonl", self.line)
         self.end(None)
         told = ("startup_seconds", "evaluation_seconds", "total_seconds", "sealed", "machine",
                 "asleep", "epochs", "train_loss")
         told = {key: self.line.get(key) for key in told}
-        if kept := record.last_kept(self.program.parent, self.cache / "journal.jsonl", self.line):
+        if kept:
             told["kept"] = kept["commit"], kept["train_loss"]
         if self.curves:
             words = f"{self.line['commit']}: {self.subject}"

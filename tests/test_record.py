@@ -61,6 +61,15 @@ def test_curves_are_there_for_tensorboard_and_without_the_sealed_number(night):
     assert np.float32(line["test_bpb"]).tobytes() not in data
 
 
+def test_every_point_of_a_long_run_comes_back(tmp_path):
+    curves = record.Curves(tmp_path / "run")
+    for step in range(200):
+        curves.add(step, {"loss": 1 / (step + 1)})
+    curves.close()
+    expected = [(step, np.float32(1 / (step + 1))) for step in range(200)]
+    assert record.read_curves(tmp_path / "run") == {"loss": expected}
+
+
 def test_the_last_lines_of_a_run(night):
     _, cache, said = night
     summary, details = said.split("\n---\n")[1:]
