@@ -109,14 +109,13 @@ def sample(night, *arguments):
 
 def test_sample_writes_on_and_scores_a_file(night, tmp_path):
     clone, cache, _ = night
-    result = sample(night, "The state of the union", "--tokens", 20)
+    result = sample(night, "The state of the union", "--tokens", 20, "--temperature", 0)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("The state of the union")
     assert len(result.stdout) > len("The state of the union") + 20
     assert "val_bpb" in result.stderr and "\x1b" not in result.stderr
-    greedy = [sample(night, "", "--tokens", 8, "--temperature", 0) for _ in range(2)]
-    assert greedy[0].returncode == 0 and len(greedy[0].stdout) > 8, greedy[0].stderr
-    assert greedy[0].stdout == greedy[1].stdout
+    again = sample(night, "The state of the union", "--tokens", 20, "--temperature", 0)
+    assert again.stdout == result.stdout                    # without chance
 
     # By hand: the whole text in rows of the context, each after a BOS.
     text = (ROOT / "README.md").read_text()[:3000]
