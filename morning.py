@@ -24,7 +24,7 @@ if hasattr(os, "nice"):
     os.nice(19)                         # a run that is going comes first
 notebook = nbformat.read("analysis.ipynb", as_version=4)
 try:
-    quiet = ["--log-level=ERROR"]       # not that others on this machine might listen in
+    quiet = ["--log-level=ERROR"]       # the kernel warns that its port is not encrypted
     ExecutePreprocessor(timeout=600, extra_arguments=quiet).preprocess(notebook)
 except CellExecutionError as error:
     sys.exit(f"analysis.ipynb stopped: {error.ename}: {error.evalue}")
