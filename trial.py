@@ -38,9 +38,10 @@ def last():
 def going():
     """The process of that run, or None once it has ended."""
     try:
-        process = psutil.Process(last()["pid"])
+        run = last()
+        process = psutil.Process(run["pid"])
         # Not a later process with its number. A system may name the program by another path.
-        same = process.cmdline()[1:] == last()["command"][1:]
+        same = process.cmdline()[1:] == run["command"][1:]
         return process if same and process.status() != psutil.STATUS_ZOMBIE else None
     except (KeyError, ValueError, psutil.Error):
         return None

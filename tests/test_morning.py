@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import nbformat
 import pytest
 
 from children import ROOT
@@ -56,6 +57,7 @@ def test_the_page_of_a_night(clone):
     (clone / "results-nov20.tsv").write_text(HEADER + "\n".join(old))
     (clone / "journal.jsonl").write_text("\n".join(json.dumps(
         {"device": "cpu (two cores)", "val_text_sha256": "a"} | line) for line in journal))
+    nbformat.validate(nbformat.read(clone / "analysis.ipynb", as_version=4))
     done = morning(clone)
     assert done.returncode == 0 and "open " in done.stdout, done.stdout
     page = (clone / "morning.html").read_text("utf-8")
@@ -63,6 +65,7 @@ def test_the_page_of_a_night(clone):
     # One file: nothing is fetched, and the picture is in it.
     assert not re.findall(r'(?:src|href)="(?:https?:)?//[^"]*"', page)
     assert page.count("data:image/png;base64,") >= 1
+    assert (clone / "progress.png").exists()
     # What the agent and its code wrote is text.
     assert "<script>alert(1)" not in page and "&lt;script&gt;alert(1)" in page
     assert '<span class="minus">-depth = 3</span>' in page
