@@ -63,10 +63,10 @@ POOL = 1024                 # documents to pack from: with more of them, fewer h
 
 # A verified run shows each of so many fresh copies of the model its own part of the text. More
 # copies leave less text to learn from while it is shown, and each costs a start: 16 of them took
-# 36 s on sotu. Loading one, its first call and its part of the text took 0.7 to 1.6 s (dev/log.md);
-# COPY_TIME covers the first two, in seconds.
+# 36 s on sotu. Loading one, its first call and its part of the text took 0.7 to 1.6 s, with 300 MB
+# of n-grams 3.3 to 4.8 s (dev/log.md); COPY_TIME covers the first two, in seconds.
 COPIES = 16
-COPY_TIME = 2
+COPY_TIME = 4
 
 # ------------------------------------------------------------------------------------------------
 # Token shards: NAME.npy holds a shard's tokens (uint16, without BOS), NAME.offsets.npy where each
@@ -294,10 +294,17 @@ class Exam:
         self.piece = np.concatenate([np.arange(self.pieces), copied, cut])
         self.count = np.concatenate([self.lengths, self.lengths[copied], shown])
         self.kind = np.repeat([WHOLE, COPY, PREFIX], [self.pieces, len(copied), number])
+        widths = row_width(self.lengths[self.piece], self.context)
+        rows = {}
+        for width in np.unique(widths):
+            fewest = min(np.sum(widths[part == n] == width) for n in range(parts))
+            # Of one part eight batches or more, so that few copies are in the batch of their piece.
+            most = fewest // (8 if parts == 1 else 4)
+            rows[width] = max(1, min(positions // width, most))
         self.parts = []
         for n in range(parts):
             views = np.flatnonzero(part == n)
-            self.parts.append(self.batches_of(views, positions, secret, fill=parts == 1))
+            self.parts.append(self.batches_of(views, widths[views], rows, secret))
         self.copies = np.flatnonzero(self.kind == COPY)
         self.prefixes = np.flatnonzero(self.kind == PREFIX)
 
@@ -320,21 +327,24 @@ class Exam:
         self.split = np.concatenate(split)
         self.pieces = len(self.starts)
 
-    def batches_of(self, views, positions, secret, fill):
+    def batches_of(self, views, widths, rows_of, secret):
         """
-        Batches of views whose rows have the same width, in random order.
+        Batches of views, in random order. widths: of the views' rows, which are the same in a
+        batch; rows_of: how many there are of a width.
 
-        fill: add copies until all batches of a width have the same size, so that a compiled model
-        meets no more shapes than there are widths.
+        Copies are added until that is so: a compiled model meets no more shapes than there are
+        widths, and kernels round by shape (oneDNN's bfloat16: one row of 64 tokens otherwise than
+        two, dev/log.md), which the probes would take for a leak.
         """
         batches = []
-        widths = row_width(self.lengths[self.piece[views]], self.context)
         for width in np.unique(widths):
             group = secret.permutation(views[widths == width])
-            # Eight batches or more, so that few copies are in the batch of their piece.
-            rows = max(1, min(positions // width, len(group) // 8))
-            if fill and len(group) % rows:
-                more = secret.choice(self.piece[group], rows - len(group) % rows)
+            rows = rows_of[width]
+            if len(group) % rows:
+                # of pieces that are whole here: their probes are in other parts
+                whole = group[self.kind[group] == WHOLE]
+                pieces = self.piece[whole if len(whole) else group]
+                more = secret.choice(pieces, rows - len(group) % rows)
                 new = len(self.piece) + np.arange(len(more))
                 self.piece = np.concatenate([self.piece, more])
                 self.count = np.concatenate([self.count, self.lengths[more]])
@@ -677,6 +687,39 @@ class DeviceLocks:
                 note.write_text(json.dumps(holder))
         return None
 
+
+class Turns:
+    """
+    Two runs that share a CPU and train by turns, so that a moment in which the machine is slow
+    hits both alike (pair.py). They tell each other by files in a folder: `turn` names the run that
+    may train, NAME.ready one that has started, NAME.over one that trains no more.
+    """
+    LENGTH = 1              # seconds; switching costs a step its caches
+
+    def __init__(self, path):
+        """path: the folder / NAME, where NAME is 0 or 1."""
+        self.folder, self.mine = Path(path).parent, Path(path).name
+        self.other = "1" if self.mine == "0" else "0"
+        self.since = None   # awake() when this turn began
+
+    def mark(self, what):
+        (self.folder / f"{self.mine}.{what}").touch()
+
+    def other_is(self, what):
+        return (self.folder / f"{self.other}.{what}").exists()
+
+    def is_over(self):
+        """Whether this run has had its turn."""
+        return self.since is not None and awake() - self.since >= self.LENGTH
+
+    def pass_on(self):
+        (self.folder / "turn").write_text(self.other)
+
+    def is_mine(self):
+        if self.other_is("over"):
+            return True
+        return self.other_is("ready") and (self.folder / "turn").read_text() == self.mine
+
 # ------------------------------------------------------------------------------------------------
 # Messages and shared memory
 
@@ -767,6 +810,8 @@ class Referee:
         self.first_batch = None                         # awake() at the first batch
         self.handed = self.tokens = 0                   # batches and tokens handed out
         self.curves, self.loss_curve = None, []             # of training: (progress, nats)
+        turns = os.environ.get("AUTORESEARCH_TURNS")        # pair.py
+        self.turns = Turns(turns) if turns else None
         self.pool = ThreadPoolExecutor(os.cpu_count())
         self.alive = FileLock(Path(self.scratch, "lock"))       # by it, prepare.sweep() knows
         self.alive.acquire()
@@ -929,6 +974,8 @@ class Referee:
         """
         if program.name != "train.py":                  # a test or benchmark.py
             return 0
+        if self.turns and self.turns.mine == "1":       # the other one has them
+            return 0
         keys = [f"{kind}-{gpu}"] if self.accelerator else [
             f"cpu-{core}" for core in cores_of(self.process)]
         keys = ["".join(c for c in key if c.isalnum() or c == "-") for key in keys]
@@ -1019,6 +1066,8 @@ class Referee:
         }
         if wave := os.environ.get("AUTORESEARCH_WAVE"):
             line["wave"] = wave
+        if self.turns:
+            line["turns"] = True
         if self.verified:
             line |= {"verified": True, "isolated": bool(self.settings["sandbox"])}
         return line
@@ -1065,11 +1114,15 @@ class Referee:
         if rows != len(self.batch):
             sys.exit("FAIL: the number of rows per batch has changed; "
                      "it must stay the same for the whole run")
+        if self.turns:
+            self.take_turn()
         elapsed = 0.0
         if self.handed:
             elapsed = awake() - self.first_batch
             behind = queued * elapsed / self.handed     # seconds, at the mean time of a step
             if elapsed + behind >= self.budget:
+                if self.turns:
+                    self.turns.mark("over")
                 self.channel.send("over", elapsed)
                 return
         self.batch[:] = self.packed
@@ -1099,6 +1152,34 @@ class Referee:
         self.clocks = {}
         threading.Thread(target=self.note_clocks, daemon=True).start()
         self.first_batch = awake()
+
+    def take_turn(self):
+        """Wait for the other run where it is its turn to train."""
+        if self.handed and not self.turns.is_over():
+            return
+        self.turns.mark("ready")
+        if self.handed:
+            self.turns.pass_on()
+        self.stand_still(self.turns.is_mine)
+        self.turns.since = awake()
+
+    def stand_still(self, condition):
+        """Wait until condition(); meanwhile the clock stands still, and so must train.py."""
+        start, load_before = awake(), self.load()
+        while not condition():
+            if self.seconds() > self.limit or not self.is_alive():
+                sys.exit(UNFINISHED)
+            time.sleep(0.002)
+        waited, load = awake() - start, self.load() - load_before
+        # Threads that have just finished a step may look out for the next for a moment.
+        if load[0] > 0.2 + 0.1 * waited:
+            sys.exit(f"FAIL: train.py computed for {load[0]:.1f} s while it was the turn of the "
+                     "other run of the pair")
+        self.started += waited
+        self.first_batch += waited
+        self.load_before += load
+        point, tokens, load_then = self.last_point
+        self.last_point = point + waited, tokens, load_then + load
 
     def curve(self, step, loss, rates):
         """
@@ -1155,6 +1236,9 @@ class Referee:
             sys.exit(f"FAIL: {training:.1f} s of training, where {allowed:.1f} s "
                      "(budget, 2% and one step) are allowed")
         texts = self.checked_texts()
+        if self.turns:                                  # neither is measured beside the other
+            self.turns.mark("over")
+            self.stand_still(lambda: self.turns.other_is("over"))
 
         start = awake()
         # Whatever train.py asks for, its logits take at most 1 GiB in float32 at a time.
