@@ -1,5 +1,5 @@
 """
-What to do with an idea: keep it, run the pair on seed 43, or discard it.
+What to do with an idea: keep it, run a pair on seed 43, or discard it.
 
     uv run decide.py [COMMIT] [--results PATH]
     uv run decide.py --wave COMMIT ...
@@ -17,7 +17,6 @@ import re
 import statistics
 import subprocess
 import sys
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,12 @@ PAIR = 0.7              # of the margin: what the mean of two gains has to excee
 AGAIN = 10              # rows after which the last kept commit runs again
 FRESH_SEEDS = [43, 44, 45]          # on which a wave confirms an idea
 FRESH = 1.2             # of the margin: what the mean of the three gains has to exceed
-APART = 1800            # s between the ends of a pair's runs: speed wanders from hour to hour
+
+# On a CPU the speed wanders, and val_bpb with it: by so much per unit of ln(num_steps) on two cores
+# (dev/log.md, sotu). A night corrects it by its own runs of one commit; this counts among them like
+# a deviation of 3% in one run.
+SLOPE = -0.1
+SLOPE_WEIGHT = 0.001
 
 # Descriptions of rows that are not ideas, as program.md has them written. An idea may begin with
 # the same words: "seed 64 rows of the table", "baseline on a diet".
@@ -51,24 +55,39 @@ def noise(groups):
     return (math.sqrt(squares / freedom) if freedom else math.nan), freedom
 
 
+def slope(groups):
+    """
+    The change of val_bpb per unit of ln(num_steps) between runs of one commit: least squares over
+    groups of pairs (val_bpb, ln(num_steps)), one group per commit, with SLOPE as a prior.
+    """
+    xy, xx = SLOPE * SLOPE_WEIGHT, SLOPE_WEIGHT
+    for group in groups:
+        mean = [statistics.fmean(column) for column in zip(*group)]
+        for value, x in group:
+            xy += (x - mean[1]) * (value - mean[0])
+            xx += (x - mean[1]) ** 2
+    return min(0, xy / xx)
+
+
 def margin(s, freedom):
     """The gain that counts. The factor falls as s becomes known (dev/simulate.py)."""
-    factor = 5 if freedom < 4 else 3.5 if freedom < 8 else 3
+    factor = 7 if freedom < 3 else 5 if freedom < 4 else 3.5 if freedom < 8 else 3
     return max(FLOOR, factor * s) if freedom else FLOOR
 
 
-def verdict(gain, margin, second=None):
+def verdict(gain, margin, always_pair=False):
     """
-    keep, run the pair, or discard. gain: in val_bpb over the last kept commit, on seed 42; second:
-    the same on seed 43, once both have run there.
+    keep, run a pair, or discard. gain: in val_bpb over the last kept commit, on seed 42.
+    always_pair: of a gain at equal steps only a pair can tell what it costs.
     """
     # Rounded: 1.240000 - 1.238000 is not more than 0.002.
-    if round(gain - margin, 9) > 0:
+    if round(gain - margin, 9) > 0 and not always_pair:
         return "keep"
-    if round(gain - margin / 3, 9) <= 0:
-        return "discard"
-    if second is None:
-        return "run the pair"
+    return "run a pair" if round(gain - margin / 3, 9) > 0 else "discard"
+
+
+def pair_verdict(gain, second, margin):
+    """keep or discard, once both have run on seed 43 too, where the gain was `second`."""
     return "keep" if round((gain + second) / 2 - PAIR * margin, 9) > 0 else "discard"
 
 
@@ -89,7 +108,10 @@ def wave_verdict(gain, margin, fresh=None):
 
 @dataclass
 class Row:
-    """n: counts from 0. train: names the train.py that ran, which two commits may share."""
+    """
+    n: counts from 0. train: names the train.py that ran, which two commits may share. steps: the
+    num_steps of its run, None if its log is gone.
+    """
     n: int
     commit: str
     val_bpb: float
@@ -104,10 +126,14 @@ class Row:
         named = baseline or repeat
         self.seed = int(named and named["seed"] or 42)
         self.train = self.commit[:7]
+        self.steps = None
 
 
 def read_results(path, complain):
-    """The rows of results.tsv. complain: called with a sentence for each malformed one."""
+    """
+    The rows of results.tsv, with the num_steps of the logs beside it. complain: called with a
+    sentence for each malformed row.
+    """
     rows = []
     lines = path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
@@ -126,6 +152,12 @@ def read_results(path, complain):
             rows.append(row)
         except ValueError as error:
             complain(f"{path}, line {number}: {error}; correct it: {line[:80]}")
+    steps = {}
+    for log in path.parent.glob("run-*-*.log"):
+        found = summary(log)
+        steps[log.name.split("-")[1][:7], found.get("val_bpb")] = found.get("num_steps")
+    for row in rows:
+        row.steps = number_of_steps(steps.get((row.train, f"{row.val_bpb:.6f}")))
     return rows
 
 
@@ -134,13 +166,39 @@ class Session:
 
     def __init__(self, rows):
         self.rows, self.first, self.machine = rows, rows[0], rows[0].machine
+        self.fit_slope()
         groups = {}
         for row in rows:
-            groups.setdefault(row.train, []).append(row.val_bpb)
-        self.noise, self.freedom = noise(groups.values())
+            row.equal = self.at_equal_steps(row.val_bpb, row.steps)
+            groups.setdefault(row.train, []).append(row.equal)
+        self.noise, freedom = noise(groups.values())
+        self.freedom = freedom - bool(self.slope)
         self.margin = margin(self.noise, self.freedom)
         # A pair's run of the commit before may have its row after the idea that was kept.
         self.kept = [row for row in rows if row.status == "keep" and row.kind != "repeat"][-1]
+
+    def fit_slope(self):
+        """
+        Set `slope`, 0 where num_steps explain nothing, and `usual`, the ln(num_steps) to which
+        at_equal_steps() brings a val_bpb. A GPU's speed is steady, so there it stays as it is.
+        """
+        self.slope = self.usual = 0
+        baseline = [row.steps for row in self.rows if row.train == self.first.train]
+        if not (self.machine or "").startswith("cpu") or None in baseline:
+            return
+        groups = {}
+        for row in self.rows:
+            if row.steps:
+                groups.setdefault(row.train, []).append((row.val_bpb, math.log(row.steps)))
+        if len(set(baseline)) > 1:
+            self.slope = slope(groups.values())
+            self.usual = statistics.fmean(map(math.log, baseline))
+
+    def at_equal_steps(self, val_bpb, steps):
+        """What a run would have got in as many steps as the baseline takes on average."""
+        if not self.slope or not steps:
+            return val_bpb
+        return val_bpb - self.slope * (math.log(steps) - self.usual)
 
     def __str__(self):
         return f"margin {self.margin:.6f}, noise {self.noise:.6f}, f = {self.freedom}"
@@ -175,14 +233,23 @@ def same_commit(a, b):
     return bool(a and b) and (a.startswith(b) or b.startswith(a))
 
 
+def summary(path):
+    """The summary of a log, as a dictionary of texts; empty if there is none."""
+    return dict(re.findall(r"^(\w+): +(\S.*)$", path.read_text("utf-8", errors="replace"), re.M))
+
+
+def number_of_steps(text):
+    return int(text) if text and text.isdecimal() and int(text) else None
+
+
 def logs(folder, commit, seed="*"):
     """The summaries of a commit's logs, as dictionaries, the newest last."""
     found = []
     for path in folder.glob(f"run-*-{seed}-*.log"):
         if same_commit(path.name.split("-")[1], commit):
             text = path.read_text("utf-8", errors="replace")
-            summary = dict(re.findall(r"^(\w+): +(\S.*)$", text, re.M))
-            found.append(summary | {"name": path.name, "text": text, "ended": path.stat().st_mtime})
+            more = {"name": path.name, "text": text, "ended": path.stat().st_mtime}
+            found.append(summary(path) | more)
     return sorted(found, key=lambda log: log["ended"])
 
 
@@ -205,22 +272,23 @@ def number(log, seed, machine):
     return float(log["val_bpb"])
 
 
+def time_of(log):
+    """The TIME in a log's name, the same for both runs of a pair."""
+    return log["name"].removesuffix(".log").split("-")[3]
+
+
 def pair(folder, commit, kept, machine):
     """
-    (val_bpb of the commit, of the last kept one, what to do) on seed 43. The first two are None
-    until both have run there, the last kept one right after the other.
+    The logs of the commit and of the last kept one on seed 43, in the newest pair that pair.py has
+    run; None if there is none. Exits if one of them has no number.
     """
-    both = f"run {commit} on seed 43 and right after it {kept} on seed 43"
-    mine = logs(folder, commit, 43)
-    if not mine:
-        return None, None, both
-    value, ended = number(mine[-1], 43, machine), mine[-1]["ended"]
-    theirs = [log for log in logs(folder, kept, 43) if log["ended"] > ended]
-    if (theirs[-1]["ended"] if theirs else time.time()) - ended > APART:
-        return None, None, f"the runs on seed 43 are too far apart, so again {both}"
-    if not theirs:
-        return None, None, f"now run {kept} on seed 43"
-    return value, number(theirs[-1], 43, machine), ""
+    theirs = {time_of(log): log for log in logs(folder, kept, 43)}
+    for log in reversed(logs(folder, commit, 43)):
+        if other := theirs.get(time_of(log)):
+            number(log, 43, machine)
+            number(other, 43, machine)
+            return log, other
+    return None
 
 
 def fresh_gains(folder, commit, kept, machine):
@@ -274,7 +342,10 @@ def other_kernels(log, usual):
 # The program
 
 def first_gain(session, folder, commit):
-    """The gain on seed 42 over the mean of the last kept commit. Exits if something is missing."""
+    """
+    The gain on seed 42 over the mean of the last kept commit, at equal steps on a CPU, and the
+    num_steps. Exits if something is missing.
+    """
     kept = session.kept
     runs = logs(folder, commit, 42)
     if not runs:
@@ -285,35 +356,55 @@ def first_gain(session, folder, commit):
     if len(set(budgets)) > 1:
         sys.exit(f"{runs[-1]['name']} trained for {budgets[0]} s, {theirs[-1]['name']} for "
                  f"{budgets[1]} s: run with the AUTORESEARCH_TIME_BUDGET of this night again")
-    earlier = [row.val_bpb for row in session.runs(kept.train, 42)]
+    earlier = [row.equal for row in session.runs(kept.train, 42)]
     if not earlier:
         sys.exit(f"{kept.commit}, the last kept commit, has no row on seed 42: run it there first")
-    return statistics.fmean(earlier) - value
+    steps = number_of_steps(runs[-1].get("num_steps"))
+    return statistics.fmean(earlier) - session.at_equal_steps(value, steps), steps
+
+
+def faster(session, steps):
+    """
+    The gain of taking more steps than the last kept commit ever took, in val_bpb: that may be the
+    idea, and not the machine.
+    """
+    kept = [row.steps for row in session.rows if row.train == session.kept.train and row.steps]
+    if not session.slope or not steps or not kept:
+        return 0
+    return max(0, -session.slope * math.log(steps / max(kept)))
 
 
 def decision(session, folder, commit):
     """(verdict, why and what next) for a commit, by its logs. Exits if something is missing."""
     kept = session.kept
-    gain = first_gain(session, folder, commit)
-    mine, theirs, next_run = pair(folder, commit, kept.commit, session.machine)
-    # The margin is that before the pair, even if a row of the pair is there already.
-    before = [row for row in session.rows
-              if (row.kind, row.seed, row.val_bpb) != ("repeat", 43, theirs)]
-    session = Session(before)
-    result = verdict(gain, session.margin)
+    both = pair(folder, commit, kept.commit, session.machine)
+    if both:
+        # The margin is that before the pair, even if a row of the pair is there already.
+        theirs = float(both[1]["val_bpb"])
+        session = Session([row for row in session.rows
+                           if (row.kind, row.seed, row.val_bpb) != ("repeat", 43, theirs)])
+    gain, steps = first_gain(session, folder, commit)
+    result = verdict(gain + faster(session, steps), session.margin, bool(session.slope))
     words = f"gain {gain:+.6f} over {kept.commit} on seed 42"
-    if result == "run the pair" and mine is not None:
-        second = theirs - mine
-        result = verdict(gain, session.margin, second)
+    if session.slope:
+        words += " at equal steps"
+    if both and (result == "run a pair" or session.slope):
+        second = theirs - float(both[0]["val_bpb"])
+        if session.slope:
+            # What a step costs: in a pair both have had the same moments of the machine.
+            ratio = int(both[0]["num_steps"]) / int(both[1]["num_steps"])
+            gain -= session.slope * math.log(ratio)
+            words += f", with {ratio:.3f} times the steps {gain:+.6f}"
+        result = pair_verdict(gain, second, session.margin)
         words += (f", {second:+.6f} on seed 43, mean {(gain + second) / 2:+.6f} "
                   f"(needed: {PAIR * session.margin:.6f})")
     words += f"; {session}"
-    if result == "run the pair":
-        words += f"; {next_run}"
+    if result == "run a pair":
+        words += "; now run uv run trial.py pair"
     if result != "keep" and gain >= -session.noise:
         words += "; or keep if the code got simpler"
     usual = logs(folder, kept.commit)
-    for log in logs(folder, commit) + (usual[-1:] if theirs else []):
+    for log in logs(folder, commit) + (usual[-1:] if both else []):
         words += busy(log, usual) + other_kernels(log, usual)
     return result, words
 
@@ -325,7 +416,7 @@ def wave_decision(session, folder, commit):
     if subprocess.run(git, capture_output=True).returncode:
         sys.exit(f"{commit} is not on top of {kept.commit}, the last kept commit: "
                  f"git cherry-pick {commit} onto it, and run that as a new idea")
-    gain = first_gain(session, folder, commit)
+    gain, _ = first_gain(session, folder, commit)
     fresh = fresh_gains(folder, commit, kept.commit, session.machine)
     result = wave_verdict(gain, session.margin, fresh)
     words = f"gain {gain:+.6f} over {kept.commit} on seed 42"
@@ -372,7 +463,7 @@ def decide(rows, session, commit, path, wave):
         return f"{commit} {result}: {words}"
     result, words = decision(session, folder, commit)
     # The row of this idea comes next.
-    if result != "run the pair" and rows_since + 1 >= AGAIN:
+    if result != "run a pair" and rows_since + 1 >= AGAIN:
         words += "; then it is time to run the last kept commit on seed 42 again"
     return f"{result}: {words}"
 

@@ -86,6 +86,7 @@ SEED = setting("SEED", 42, int)                         # of the data order and 
 TIME_BUDGET = setting("TIME_BUDGET", 300, float)        # seconds of training
 WAIT = setting("WAIT", "")                              # for another run on this device to end
 VERIFIED = "AUTORESEARCH_REFEREE" in os.environ         # verify.py has started the referee
+TURNS = "AUTORESEARCH_TURNS" in os.environ              # pair.py: this run waits for another one
 if not 0 <= SEED < 2**63:
     sys.exit(f"AUTORESEARCH_SEED={SEED} is not between 0 and 2^63; unset it or change it")
 if not TIME_BUDGET > 0:
@@ -179,8 +180,10 @@ from referee import (
 # ------------------------------------------------------------------------------------------------
 # Constants and datasets
 
-# Seconds from start to finish, whatever happens. A verified run has a slower evaluation.
-HARD_LIMIT = TIME_BUDGET + EXTRA_TIME * (2 if VERIFIED else 1)
+# Seconds from start to finish, whatever happens. A verified run has a slower evaluation, one of a
+# pair that trains by turns waits for the other.
+HARD_LIMIT = TIME_BUDGET * (2 if TURNS else 1) + EXTRA_TIME * (2 if VERIFIED or TURNS else 1)
+PATIENCE = HARD_LIMIT if TURNS else ANSWER_TIME         # seconds, with the referee's answers
 
 BOS = "<|bos|>"         # starts every row and every document
 # GPT-4's split pattern (tiktoken, cl100k_base), but with numbers cut into at most two digits: fewer
@@ -1046,7 +1049,6 @@ class TrainingLog:
 
     def __init__(self, run):
         self.run = run
-        self.start = time.monotonic()
         self.pending = None             # returns the newest loss, which is not yet read
         self.smooth = 0.0               # the loss averaged over steps
         self.shown = self.sent = -math.inf      # when a line was last shown, a point sent
@@ -1064,9 +1066,11 @@ class TrainingLog:
         now, terminal = time.monotonic(), sys.stdout.isatty()
         if now - self.shown > (0.2 if terminal else 10):
             self.shown = now
-            elapsed = now - self.start
-            print(f"step {step:5d}  {100 * elapsed / TIME_BUDGET:3.0f}%  loss {self.smooth:.3f}  "
-                  f"{self.run.tokens / elapsed:,.0f} tokens/s",
+            # both of the steps before this one: this one is not over
+            tokens = self.run.tokens * (1 - 1 / self.run.handed)
+            elapsed = max(self.run.progress * TIME_BUDGET, 1e-3)
+            print(f"step {step:5d}  {100 * self.run.progress:3.0f}%  loss {self.smooth:.3f}  "
+                  f"{tokens / elapsed:,.0f} tokens/s",
                   end="\r" if terminal else "\n", flush=True)
         if now - self.sent > record.INTERVAL:
             self.sent = now
@@ -1265,7 +1269,7 @@ class Run:
             # The referee ends the iteration if less than half a step's time is left when the next
             # one could start: half a step early is as near to the budget as half a step late.
             # Before the first batch it checks all training shards, which may take a while.
-            timeout = ANSWER_TIME if self.handed else HARD_LIMIT
+            timeout = PATIENCE if self.handed else HARD_LIMIT
             answer = self.ask("next", rows, 0.5 + len(queued), timeout=timeout)
             if answer[0] == "over":
                 return
@@ -1313,7 +1317,7 @@ class Run:
             positions = rows * self.context
         else:
             positions = machine.evaluation_positions(self.device, self.vocab_size)
-        answer = self.ask("evaluate", positions)
+        answer = self.ask("evaluate", positions, timeout=PATIENCE)
         if answer[0] == "copy":         # a verified run: the referee shows the text to copies
             needs_dynamo = "torch._dynamo" in sys.modules       # save_copy imports it
             save_copy(model, answer[1])

@@ -2,6 +2,7 @@
 A run of train.py in the background: coding agents cut off commands that take minutes.
 
     uv run trial.py 42                      # start one on seed 42
+    uv run trial.py pair                    # start HEAD and the last kept commit: pair.py
     uv run trial.py COMMIT:42 COMMIT:43     # start several at once, on several GPUs: wave.py
     uv run trial.py wait                    # until it ends, 100 s at most; then the end of its log
     uv run trial.py stop
@@ -10,6 +11,7 @@ A run of train.py in the background: coding agents cut off commands that take mi
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,20 +54,30 @@ def git(*command):
     return result.stdout.strip() if result.returncode == 0 else ""
 
 
+def budget_of_the_night():
+    """The seconds of training that program.md names, as text; None if it names none."""
+    program = Path("program.md")
+    text = program.read_text("utf-8", errors="replace") if program.exists() else ""
+    found = re.search(r"^Budget: ([\d.]+) seconds", text, re.M)
+    return found and found[1]
+
+
 def start(runs, budget):
-    """Start train.py on the seed runs[0], or wave.py with runs like COMMIT:SEED."""
+    """Start train.py on the seed runs[0], or pair.py, or wave.py with runs like COMMIT:SEED."""
     if process := going():
         sys.exit(f"a run is going, process {process.pid}; wait for it: uv run trial.py wait")
     if not RESULTS.exists():
         RESULTS.write_text("commit\tval_bpb\tmemory_gb\tstatus\tdescription\n", "utf-8")
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    if budget:
+    if budget := budget or environment.get("AUTORESEARCH_TIME_BUDGET") or budget_of_the_night():
         environment["AUTORESEARCH_TIME_BUDGET"] = budget
-    if ":" in runs[0]:
+    if runs == ["pair"]:
+        command, log = [sys.executable, os.path.abspath("pair.py")], Path("pair.out")
+    elif ":" in runs[0]:
         command = [shutil.which("uv") or "uv", "run", "--script", os.path.abspath("wave.py"), *runs]
         log = Path("wave.out")
     elif len(runs) > 1 or not runs[0].isdecimal():
-        sys.exit(f"{' '.join(runs)} is neither a seed nor runs like COMMIT:SEED")
+        sys.exit(f"{' '.join(runs)} is neither a seed, nor pair, nor runs like COMMIT:SEED")
     elif git("status", "--porcelain", "--", "train.py"):
         sys.exit("train.py is not as committed, so its number would belong to no commit; first:\n"
                  '    git commit -m "<the idea, and why it should help>" -- train.py')
@@ -110,8 +122,10 @@ def stop():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", help="a seed, runs like COMMIT:SEED, wait, or stop")
-    parser.add_argument("--budget", metavar="SECONDS", help="of training; 300 unless given")
+    parser.add_argument("what", nargs="+",
+                        help="a seed, pair, runs like COMMIT:SEED, wait, or stop")
+    parser.add_argument("--budget", metavar="SECONDS",
+                        help="of training; by default what program.md names, or 300")
     arguments = parser.parse_args()
     match arguments.what:
         case ["wait"]: wait(100)

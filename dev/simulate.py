@@ -8,6 +8,10 @@ which may have been kept by chance, and by a pair on seed 43 where decide.py ask
 kept commit runs again whenever ten rows have come. The noise of a run has two parts: that of commit
 and seed, the same whenever they run again, and that of the machine, AR(1) with correlation rho from
 one run to the next. Its variance is 1, so the floor of the margin plays no part. Random seed 1.
+
+In the last lines the noise has a third part, a speed that wanders as well, moves val_bpb by so many
+standard deviations of the other two, and is seen in num_steps: what decide.py does on a CPU. The
+runs of a pair train by turns, so that they have one speed.
 """
 
 import argparse
@@ -23,33 +27,44 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import decide
 
 IDEAS = 60
-# The machine's fraction of the variance, and rho.
-MACHINES = [(0, 0), (0.5, 0.5), (0.8, 0.5), (0.8, 0.8), (0.8, 0.95)]
+# The machine's fraction of the variance, rho, and what its speed adds.
+MACHINES = [(0, 0, 0), (0.5, 0.5, 0), (0.8, 0.5, 0), (0.8, 0.8, 0), (0.8, 0.95, 0),
+            (0, 0, 10), (0.5, 0.5, 3), (0.5, 0.5, 10), (0.5, 0.95, 10)]
 
 
 class Night:
     """The runs of one night. Commits are numbered: 0 is the baseline."""
 
-    def __init__(self, fraction, rho, draw):
-        self.fraction, self.rho, self.draw = fraction, rho, draw
-        self.speed = draw()
+    def __init__(self, fraction, rho, speed, draw):
+        self.fraction, self.rho, self.draw, self.by_steps = fraction, rho, draw, speed > 0
+        # in units of ln(num_steps), which decide.SLOPE takes to val_bpb
+        self.spread = speed / -decide.SLOPE
+        self.mood, self.speed = draw(), draw()
         self.luck = {}
         self.values = {}
 
-    def run(self, commit, seed):
-        """The val_bpb of a run."""
-        self.speed = self.rho * self.speed + math.sqrt(1 - self.rho ** 2) * self.draw()
+    def wander(self, value):
+        return self.rho * value + math.sqrt(1 - self.rho ** 2) * self.draw()
+
+    def run(self, commit, seed, speed=None):
+        """(val_bpb, ln(num_steps)) of a run, at a speed of its own unless it is given."""
+        self.mood, self.speed = self.wander(self.mood), self.wander(self.speed)
         if (commit, seed) not in self.luck:
             self.luck[commit, seed] = self.draw()
+        x = self.spread * (self.speed if speed is None else speed)
         value = (math.sqrt(1 - self.fraction) * self.luck[commit, seed]
-                 + math.sqrt(self.fraction) * self.speed)
-        self.values.setdefault(commit, []).append(value)
-        return value
+                 + math.sqrt(self.fraction) * self.mood + decide.SLOPE * x)
+        self.values.setdefault(commit, []).append((value, x))
+        return value, x
 
-    def margin(self):
+    def judge(self):
+        """decide.py's slope and margin, as of now."""
         # A commit that ran once says nothing about the noise.
         repeated = [values for values in self.values.values() if len(values) > 1]
-        return decide.margin(*decide.noise(repeated))
+        slope = decide.slope(repeated) if self.by_steps else 0
+        s, freedom = decide.noise([[value - slope * x for value, x in values]
+                                   for values in repeated])
+        return slope, decide.margin(s, freedom - self.by_steps)
 
     def decisions(self, ideas=IDEAS):
         """Whether each idea is kept, one after the other."""
@@ -60,17 +75,19 @@ class Night:
                 on_42.append(self.run(kept, 42))
                 rows = 0
             # Before the idea runs: its own runs do not count in the margin that it has to beat.
-            margin = self.margin()
-            value = self.run(idea, 42)
-            gain = statistics.fmean(on_42) - value
+            slope, margin = self.judge()
+            mine = self.run(idea, 42)
+            gain = (statistics.fmean(value - slope * x for value, x in on_42)
+                    - (mine[0] - slope * mine[1]))
             rows += 1
-            result = decide.verdict(gain, margin)
-            if result == "run the pair":
-                second = -self.run(idea, 43) + self.run(kept, 43)
+            result = decide.verdict(gain, margin, self.by_steps)
+            if result == "run a pair":
+                speed = self.wander(self.speed)
+                second = -self.run(idea, 43, speed)[0] + self.run(kept, 43, speed)[0]
                 rows += 2
-                result = decide.verdict(gain, margin, second)
+                result = decide.pair_verdict(gain, second, margin)
             if result == "keep":
-                kept, on_42 = idea, [value]
+                kept, on_42 = idea, [mine]
             yield result == "keep"
 
 
@@ -78,18 +95,18 @@ def main():
     parser = argparse.ArgumentParser(description="How often an idea that does nothing is kept.")
     parser.add_argument("--nights", metavar="N", type=int, default=10_000, help="default 10,000")
     nights = parser.parse_args().nights
-    print("| machine's fraction of the variance, rho | first idea | mean of the first 10 | "
+    print("| machine's fraction of the variance, rho, speed | first idea | mean of the first 10 | "
           "mean of the first 60 |\n| --- | --- | --- | --- |")
-    for fraction, rho in MACHINES:
+    for fraction, rho, speed in MACHINES:
         generator = random.Random(1)
         counts = [0] * IDEAS
 
         draw = partial(generator.gauss, 0, 1)
         for _ in range(nights):
-            for idea, kept in enumerate(Night(fraction, rho, draw).decisions()):
+            for idea, kept in enumerate(Night(fraction, rho, speed, draw).decisions()):
                 counts[idea] += kept
         means = [100 * statistics.fmean(counts[:ideas]) / nights for ideas in (1, 10, IDEAS)]
-        name = f"{fraction}, {rho}" if fraction else "0"
+        name = f"{fraction}, {rho}, {speed}"
         print(f"| {name} | {' | '.join(f'{mean:.1f}' for mean in means)} |", flush=True)
 
 

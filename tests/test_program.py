@@ -45,6 +45,7 @@ RUN, WAIT = commands("Running an experiment", "trial.py").splitlines()
 DISCARD = commands("The loop, forever", "update-ref")
 COMMIT = inline("git commit -m")
 STOP = inline("trial.py stop")
+PAIR = inline("trial.py pair")
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def clone(tmp_path):
     """A clone on the branch of a night; shell(script): its output. uv runs this Python there."""
     folder = tmp_path / "clöne of autoresearch"
     subprocess.run(["git", "clone", "-q", ROOT, folder], check=True)
-    for name in "program.md", "decide.py", "trial.py", ".gitignore":
+    for name in "program.md", "decide.py", "trial.py", "pair.py", "machine.py", ".gitignore":
         (folder / name).write_text((ROOT / name).read_text())
     (tmp_path / "bin").mkdir()
     uv = tmp_path / "bin" / "uv"
@@ -133,12 +134,11 @@ def test_the_loop_keeps_discards_crashes_and_runs_pairs(clone):
 
     near = idea(folder, shell, 1.2388, 1.2385)
     run(shell, 42)
-    assert shell("uv run decide.py").startswith("run the pair: gain +0.001200")
-    run(shell, 43)
-    assert f"now run {better} on seed 43" in shell("uv run decide.py")
-    shell(f"git checkout --detach {better}")
-    run(shell, 43)
-    shell("git checkout autoresearch/test")
+    assert shell("uv run decide.py").startswith("run a pair: gain +0.001200")
+    assert shell(PAIR) == "started: pair.out"
+    said = shell(WAIT)
+    assert re.search(rf"^run-{near}-43-\d+.log: val_bpb 1.238500, 100 steps$", said, re.M)
+    assert re.search(rf"^run-{better}-43-\d+.log: val_bpb 1.240000, 100 steps$", said, re.M)
     assert shell("uv run decide.py").startswith("discard: gain +0.001200")
     assert shell("git rev-parse --short HEAD") == near
     shell(discard.replace("<short hash>", near))

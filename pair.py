@@ -1,0 +1,92 @@
+"""
+A pair: an idea and the last kept commit, both on seed 43, under the same conditions.
+
+    uv run pair.py [COMMIT]                 # HEAD unless named; uv run trial.py pair waits for it
+
+On a CPU both runs go on at once and train by turns of a second (Turns in referee.py), so a moment
+in which the machine is slow hits both. Elsewhere they run one after the other: the speed of a GPU
+is steady, and its memory may not hold two. Each is in a clone of its own, so train.py may be edited
+meanwhile. Logs: run-COMMIT-43-TIME.log, the same TIME for both.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import decide
+
+HERE = Path(__file__).resolve().parent
+SEED = "43"
+
+
+def start(commit, log, folder, name, by_turns):
+    """Start a commit's train.py in a clone of its own."""
+    clone = folder / f"clone{name}"
+    git = "git", "-C", clone
+    subprocess.run(["git", "clone", "-q", "--no-checkout", "--shared", HERE, clone], check=True)
+    subprocess.run([*git, "checkout", "-q", "--detach", commit], check=True)
+    environment = os.environ | {"AUTORESEARCH_SEED": SEED, "PYTHONUNBUFFERED": "1"}
+    if by_turns:
+        environment["AUTORESEARCH_TURNS"] = str(folder / name)
+    with open(log, "wb") as file:
+        return subprocess.Popen([sys.executable, "train.py"], cwd=clone, env=environment,
+                                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+
+
+def run(commits, by_turns):
+    """Run a pair of commits. Returns their logs."""
+    stamp = time.strftime("%d%H%M%S")
+    logs = [HERE / f"run-{commit}-{SEED}-{stamp}.log" for commit in commits]
+    with tempfile.TemporaryDirectory(prefix="pair-", ignore_cleanup_errors=True) as folder:
+        folder = Path(folder)
+        (folder / "turn").write_text("0")
+        processes = []
+        try:
+            for name, (commit, log) in enumerate(zip(commits, logs)):
+                processes.append(start(commit, log, folder, str(name), by_turns))
+                if not by_turns:
+                    processes[-1].wait()
+            while any(process.poll() is None for process in processes):
+                for name, process in enumerate(processes):
+                    if process.poll() is not None:
+                        (folder / f"{name}.over").touch()       # whatever ended it
+                time.sleep(0.2)
+        finally:
+            for process in processes:
+                process.terminate()
+    return logs
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Run an idea and the last kept commit by turns.")
+    parser.add_argument("commit", metavar="COMMIT", nargs="?", default="HEAD")
+    idea = decide.short_hash(parser.parse_args().commit, HERE)
+    sessions = decide.sessions(decide.read_results(HERE / "results.tsv", sys.exit))
+    if not sessions:
+        sys.exit("results.tsv has no baseline yet: run train.py on seeds 42, 43, 44, and 42 again")
+    kept = decide.short_hash(sessions[-1].kept.commit, HERE)
+    if idea == kept:
+        sys.exit(f"{idea} is the last kept commit itself: commit an idea first")
+    import machine                                      # loads torch, which takes seconds
+
+    by_turns = machine.default_device().type == "cpu"
+    print(f"{idea} and {kept} on seed {SEED}, {'by turns' if by_turns else 'one after the other'}",
+          flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM: no result"))
+    logs = run([idea, kept], by_turns)
+    print("---")
+    summaries = [decide.summary(log) for log in logs]
+    for log, found in zip(logs, summaries):
+        said = f"val_bpb {found.get('val_bpb')}, {found.get('num_steps')} steps"
+        print(f"{log.name}: {said if 'val_bpb' in found else 'no val_bpb'}")
+    if not all("val_bpb" in found for found in summaries):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""pair.py: two real runs that train by turns, and what becomes of one when the other breaks."""
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from children import ROOT, copy_programs, forked, program
+
+LOG = "            run.log(step, loss)\n"
+BUDGET = 3         # seconds
+
+
+@pytest.fixture(scope="module")
+def small_cache(tmp_path_factory):
+    """For small.py: little text to evaluate."""
+    folder = tmp_path_factory.mktemp("cache")
+    result = program("prepare.py", "--dataset", "sotu", "--vocab-size", 400, "--eval-bytes", 20_000,
+                     AUTORESEARCH_CACHE_DIR=folder)
+    assert result.returncode == 0, result.stdout
+    return folder
+
+
+class Pair:
+    """A clone whose first commit is the baseline, with one idea on top."""
+
+    def __init__(self, folder, cache, idea="pass"):
+        """idea: code to run in each step."""
+        self.clone, self.tmp = folder / "clone", folder / "tmp"
+        self.cache = folder / "cache"
+        for new in self.clone, self.tmp, self.cache:
+            new.mkdir()
+        for name in "sotu", "dataset.json":
+            (self.cache / name).symlink_to(cache / name)
+        copy_programs(self.clone)
+        said = 'import time; print("step", time.monotonic())'
+        self.git("init", "-q")
+        self.kept = self.commit(said)
+        rows = [f"{self.kept}\t2.0\t0.1\tkeep\tbaseline on cpu, seed {seed}\n"
+                for seed in (42, 43, 44, 42)]
+        (self.clone / "results.tsv").write_text("".join(rows))
+        self.idea = self.commit(f"{said}; {idea}")
+        self.environment = os.environ | {
+            "AUTORESEARCH_CACHE_DIR": str(self.cache), "TMPDIR": str(self.tmp),
+            "AUTORESEARCH_TIME_BUDGET": str(BUDGET)}
+
+    def git(self, *arguments):
+        command = ["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments]
+        return subprocess.run(command, cwd=self.clone, check=True, capture_output=True,
+                              text=True).stdout.strip()
+
+    def commit(self, code):
+        text = (ROOT / "tests" / "small.py").read_text()
+        assert LOG in text
+        (self.clone / "train.py").write_text(text.replace(LOG, f"            {code}\n{LOG}"))
+        self.git("add", "*.py")
+        self.git("commit", "-qm", "a commit")
+        return self.git("rev-parse", "--short", "HEAD")
+
+    def run(self):
+        return forked(self.clone / "pair.py", **self.environment)
+
+    def log(self, commit):
+        [log] = self.clone.glob(f"run-{commit}-43-*.log")
+        return log
+
+    def lines(self):
+        text = (self.cache / "journal.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]
+
+    def left(self):
+        """What lies in the folder for temporary files."""
+        known = "autoresearch-devices", "torchinductor_"
+        return [path.name for path in self.tmp.iterdir() if not path.name.startswith(known)]
+
+    def steps(self, commit):
+        """When the steps of a commit ended."""
+        text = self.log(commit).read_text()
+        return [float(at) for at in re.findall(r"^step (\d+\.\d+)$", text, re.M)]
+
+
+def test_two_runs_train_by_turns_of_a_second(tmp_path, small_cache):
+    pair = Pair(tmp_path, small_cache)
+    result = pair.run()
+    assert result.returncode == 0, result.stdout
+    assert f"{pair.idea} and {pair.kept} on seed 43, by turns" in result.stdout
+    for commit in pair.idea, pair.kept:
+        line = rf"^run-{commit}-43-\d+.log: val_bpb [\d.]+, \d+ steps$"
+        assert re.search(line, result.stdout, re.M)
+    stamps = {pair.log(commit).name.split("-")[3] for commit in (pair.idea, pair.kept)}
+    assert len(stamps) == 1
+    # each had its whole budget, and the number of the seed
+    lines = pair.lines()
+    assert {line["commit"] for line in lines} == {pair.idea, pair.kept}
+    for line in lines:
+        assert line["turns"] and line["seed"] == 43 and line["failure"] is None
+        assert 0.9 * BUDGET < line["training_seconds"] < 1.1 * BUDGET
+    # one after the other: never did both train within one turn
+    steps = sorted((at, commit) for commit in (pair.idea, pair.kept) for at in pair.steps(commit))
+    turns = [[at for at, _ in group] for _, group in itertools.groupby(steps, lambda step: step[1])]
+    assert 2 * BUDGET - 2 <= len(turns) <= 2 * BUDGET + 2
+    assert all(0.7 < turn[-1] - turn[0] < 1.3 for turn in turns[:-2])
+    assert not pair.left()
+
+
+@pytest.mark.parametrize("fault,words", [
+    ("exit('broken')", "broken"),
+    # work in a thread goes on while the main one waits for its turn
+    ("import threading; step or threading.Thread(daemon=True, target=lambda: "
+     "[pow(3, 9**6) for _ in iter(int, 1)]).start()",
+     "while it was the turn of the other run of the pair")])
+def test_a_run_that_breaks_leaves_the_other_its_number(fault, words, tmp_path, small_cache):
+    pair = Pair(tmp_path, small_cache, fault)
+    result = pair.run()
+    assert result.returncode == 1
+    assert f"{pair.log(pair.idea).name}: no val_bpb" in result.stdout
+    assert words in pair.log(pair.idea).read_text()
+    assert f"{pair.log(pair.kept).name}: val_bpb" in result.stdout
+
+
+def test_a_pair_that_is_stopped_leaves_nothing_behind(tmp_path, small_cache):
+    pair = Pair(tmp_path, small_cache)
+    process = subprocess.Popen([sys.executable, "pair.py"], cwd=pair.clone, text=True,
+                               env=pair.environment, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
+    while not (list(pair.clone.glob("run-*")) and pair.steps(pair.kept)):
+        assert process.poll() is None
+        time.sleep(0.1)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert len(family) >= 4                             # two runs and their referees
+    process.terminate()
+    assert "stopped by SIGTERM" in process.communicate(timeout=60)[0] and process.returncode == 1
+    assert not psutil.wait_procs(family, 30)[1] and not pair.left()
+    assert len(pair.lines()) == 2
+
+
+def test_what_a_pair_cannot_do_is_said(tmp_path, small_cache):
+    pair = Pair(tmp_path, small_cache)
+    pair.git("reset", "-q", "--hard", pair.kept)
+    result = pair.run()
+    assert result.returncode == 1 and "is the last kept commit itself" in result.stdout
+    (pair.clone / "results.tsv").write_text("")
+    result = pair.run()
+    assert result.returncode == 1 and "results.tsv has no baseline yet" in result.stdout
