@@ -3,10 +3,10 @@ A pair: an idea and the last kept commit, both on seed 43, under the same condit
 
     uv run pair.py [COMMIT]                 # HEAD unless named; uv run trial.py pair waits for it
 
-On a CPU both runs go on at once and train by turns of a second (Turns in referee.py), so a moment
-in which the machine is slow hits both. Elsewhere they run one after the other: the speed of a GPU
-is steady, and its memory may not hold two. Each is in a clone of its own, so train.py may be edited
-meanwhile. Logs: run-COMMIT-43-TIME.log, the same TIME for both.
+On a CPU both train by turns of a second (Turns in referee.py), so a moment in which the machine is
+slow hits both. Elsewhere they run one after the other: the speed of a GPU is steady, and its memory
+may not hold two. Each is in a clone of its own, so train.py may be edited meanwhile. Logs:
+run-COMMIT-43-TIME.log, the same TIME for both.
 """
 
 import argparse
@@ -49,13 +49,15 @@ def run(commits, by_turns):
         try:
             for name, (commit, log) in enumerate(zip(commits, logs)):
                 processes.append(start(commit, log, folder, str(name), by_turns))
-                if not by_turns:
-                    processes[-1].wait()
+                # The second one starts up once the first is ready to train, or after it.
+                while processes[-1].poll() is None and not (folder / f"{name}.ready").exists():
+                    time.sleep(0.1)
             while any(process.poll() is None for process in processes):
                 for name, process in enumerate(processes):
-                    if process.poll() is not None:
-                        (folder / f"{name}.over").touch()       # whatever ended it
-                time.sleep(0.2)
+                    if process.poll() is not None:              # whatever ended it
+                        (folder / f"{name}.over").touch()
+                        (folder / f"{name}.done").touch()
+                time.sleep(0.1)
         finally:
             for process in processes:
                 process.terminate()

@@ -692,7 +692,9 @@ class Turns:
     """
     Two runs that share a CPU and train by turns, so that a moment in which the machine is slow
     hits both alike (pair.py). They tell each other by files in a folder: `turn` names the run that
-    may train, NAME.ready one that has started, NAME.over one that trains no more.
+    may train, NAME.ready one that has started, NAME.over one that trains no more, NAME.done one
+    that is evaluated. Never do both compute: with two threads for each core a step took 20 times
+    as long (dev/log.md).
     """
     LENGTH = 1              # seconds; switching costs a step its caches
 
@@ -1236,9 +1238,10 @@ class Referee:
             sys.exit(f"FAIL: {training:.1f} s of training, where {allowed:.1f} s "
                      "(budget, 2% and one step) are allowed")
         texts = self.checked_texts()
-        if self.turns:                                  # neither is measured beside the other
+        if self.turns:
             self.turns.mark("over")
-            self.stand_still(lambda: self.turns.other_is("over"))
+            before = "over" if self.turns.mine == "0" else "done"
+            self.stand_still(lambda: self.turns.other_is(before))
 
         start = awake()
         # Whatever train.py asks for, its logits take at most 1 GiB in float32 at a time.
@@ -1256,6 +1259,8 @@ class Referee:
         self.line |= {"val_bpb": val_bpb, "test_bpb": test_bpb}
         self.line["training_seconds"] = round(training, 1)
         self.line["evaluation_seconds"] = round(awake() - start, 1)
+        if self.turns:
+            self.turns.mark("done")
         self.channel.send("result", val_bpb, training)  # test_bpb stays here
 
     def checked_texts(self):
