@@ -3,8 +3,8 @@ A pair: an idea and the last kept commit, both on seed 43, under the same condit
 
     uv run pair.py [COMMIT]                 # HEAD unless named; uv run trial.py pair waits for it
 
-On a CPU both train by turns of a second (Turns in referee.py), so a moment in which the machine is
-slow hits both. Elsewhere they run one after the other: the speed of a GPU is steady, and its memory
+On a CPU both train by short turns (Turns in referee.py), so a moment in which the machine is slow
+hits both. Elsewhere they run one after the other: the speed of a GPU is steady, and its memory
 may not hold two. Each is in a clone of its own, so train.py may be edited meanwhile. Logs:
 run-COMMIT-43-TIME.log, the same TIME for both.
 """

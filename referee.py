@@ -696,13 +696,14 @@ class Turns:
     that is evaluated. Never do both compute: with two threads for each core a step took 20 times
     as long (dev/log.md).
     """
-    LENGTH = 1              # seconds; switching costs a step its caches
+    LENGTH = 0.25           # seconds, or a step: of 1 s each, 60 turns differed by 2% in steps
 
     def __init__(self, path):
         """path: the folder / NAME, where NAME is 0 or 1."""
         self.folder, self.mine = Path(path).parent, Path(path).name
         self.other = "1" if self.mine == "0" else "0"
         self.since = None   # awake() when this turn began
+        self.waited = self.worked = 0       # seconds of the other's turns, of processors in them
 
     def mark(self, what):
         (self.folder / f"{self.mine}.{what}").touch()
@@ -1171,12 +1172,15 @@ class Referee:
         while not condition():
             if self.seconds() > self.limit or not self.is_alive():
                 sys.exit(UNFINISHED)
-            time.sleep(0.002)
+            time.sleep(0.005)
         waited, load = awake() - start, self.load() - load_before
+        if self.handed:             # not for the other's start
+            self.turns.waited += waited
+            self.turns.worked += load[0]
         # Threads that have just finished a step may look out for the next for a moment.
-        if load[0] > 0.2 + 0.1 * waited:
-            sys.exit(f"FAIL: train.py computed for {load[0]:.1f} s while it was the turn of the "
-                     "other run of the pair")
+        if self.turns.worked > 0.5 + 0.2 * self.turns.waited:
+            sys.exit(f"FAIL: train.py computed for {self.turns.worked:.1f} s while it was the turn "
+                     "of the other run of the pair")
         self.started += waited
         self.first_batch += waited
         self.load_before += load

@@ -11,10 +11,12 @@ import time
 import psutil
 import pytest
 
+import referee
 from children import ROOT, copy_programs, forked, program
 
 LOG = "            run.log(step, loss)\n"
 BUDGET = 3         # seconds
+LENGTH = referee.Turns.LENGTH
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,7 @@ class Pair:
         return [float(at) for at in re.findall(r"^step (\d+\.\d+)$", text, re.M)]
 
 
-def test_two_runs_train_by_turns_of_a_second(tmp_path, small_cache):
+def test_two_runs_train_by_turns(tmp_path, small_cache):
     pair = Pair(tmp_path, small_cache)
     result = pair.run()
     assert result.returncode == 0, result.stdout
@@ -104,8 +106,8 @@ def test_two_runs_train_by_turns_of_a_second(tmp_path, small_cache):
     # one after the other: never did both train within one turn
     steps = sorted((at, commit) for commit in (pair.idea, pair.kept) for at in pair.steps(commit))
     turns = [[at for at, _ in group] for _, group in itertools.groupby(steps, lambda step: step[1])]
-    assert 2 * BUDGET - 2 <= len(turns) <= 2 * BUDGET + 2
-    assert all(0.7 < turn[-1] - turn[0] < 1.3 for turn in turns[:-2])
+    assert BUDGET / LENGTH <= len(turns) <= 2 * BUDGET / LENGTH + 2
+    assert max(turn[-1] - turn[0] for turn in turns) < 2 * LENGTH
     assert not pair.left()
 
 
@@ -129,7 +131,7 @@ def test_a_pair_that_is_stopped_leaves_nothing_behind(tmp_path, small_cache):
     process = subprocess.Popen([sys.executable, "pair.py"], cwd=pair.clone, text=True,
                                env=pair.environment, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT)
-    while not (list(pair.clone.glob("run-*")) and pair.steps(pair.kept)):
+    while not (list(pair.clone.glob(f"run-{pair.kept}-*")) and pair.steps(pair.kept)):
         assert process.poll() is None
         time.sleep(0.1)
     family = psutil.Process(process.pid).children(recursive=True)
