@@ -1,5 +1,5 @@
 """
-What to do with an idea: keep it, run a pair on seed 43, or discard it.
+What to do with an idea: keep it, run a pair with the last kept commit, or discard it.
 
     uv run decide.py [COMMIT] [--results PATH]
     uv run decide.py --wave COMMIT ...
@@ -24,15 +24,16 @@ from pathlib import Path
 BASELINE_SEEDS = [43, 44, 42, 42]
 FLOOR = 0.002           # no smaller gain is worth having, however quiet the machine
 PAIR = 0.7              # of the margin: what the mean of two gains has to exceed
+PAIR_SEEDS = [43, 44, 45]           # of an idea's first, second and third pair
 AGAIN = 10              # rows after which the last kept commit runs again
 FRESH_SEEDS = [43, 44, 45]          # on which a wave confirms an idea
 FRESH = 1.2             # of the margin: what the mean of the three gains has to exceed
 
 # On a CPU the speed wanders, and val_bpb with it: by so much per unit of ln(num_steps) on two cores
 # (dev/log.md, sotu). A night corrects it by its own runs of one commit; this counts among them like
-# a deviation of 3% in one run.
-SLOPE = -0.1
-SLOPE_WEIGHT = 0.001
+# a deviation of 10% in one run, since four baselines that differ in seed are easily off by a third.
+SLOPE = -0.11
+SLOPE_WEIGHT = 0.01
 
 # Descriptions of rows that are not ideas, as program.md has them written. An idea may begin with
 # the same words: "seed 64 rows of the table", "baseline on a diet".
@@ -42,16 +43,18 @@ REPEAT = re.compile(r"(?:again,? )?seed (?P<seed>\d+)(?=[:,;]|$)", re.I)
 # ------------------------------------------------------------------------------------------------
 # The rule
 
-def noise(groups):
+def noise(groups, fitted=0):
     """
     (s, f) of groups of val_bpb, one group per commit. s: the standard deviation of a commit's runs
-    about their mean, pooled over the commits, NaN if none ran twice; f: its degrees of freedom.
+    about their mean, pooled over the commits, NaN if none ran twice; f: its degrees of freedom, of
+    which `fitted` are spent: 1 if a slope was fitted to these runs.
     """
     squares, freedom = 0.0, 0
     for values in groups:
         mean = statistics.fmean(values)
         squares += sum((value - mean) ** 2 for value in values)
         freedom += len(values) - 1
+    freedom = max(0, freedom - fitted)
     return (math.sqrt(squares / freedom) if freedom else math.nan), freedom
 
 
@@ -71,7 +74,7 @@ def slope(groups):
 
 def margin(s, freedom):
     """The gain that counts. The factor falls as s becomes known (dev/simulate.py)."""
-    factor = 7 if freedom < 3 else 5 if freedom < 4 else 3.5 if freedom < 8 else 3
+    factor = 6 if freedom < 3 else 5 if freedom < 4 else 3.5 if freedom < 8 else 3
     return max(FLOOR, factor * s) if freedom else FLOOR
 
 
@@ -86,9 +89,18 @@ def verdict(gain, margin, always_pair=False):
     return "run a pair" if round(gain - margin / 3, 9) > 0 else "discard"
 
 
-def pair_verdict(gain, second, margin):
-    """keep or discard, once both have run on seed 43 too, where the gain was `second`."""
-    return "keep" if round((gain + second) / 2 - PAIR * margin, 9) > 0 else "discard"
+def needed(gains, margin):
+    """What the mean of so many gains has to exceed: the noise of a mean falls with their number."""
+    return PAIR * margin * math.sqrt(2 / len(gains))
+
+
+def pair_verdict(gains, margin):
+    """keep, run a pair, or discard. gains: on seed 42 and in one pair or more."""
+    mean = statistics.fmean(gains)
+    if round(mean - needed(gains, margin), 9) > 0:
+        return "keep"
+    more = len(gains) <= len(PAIR_SEEDS) and round(mean - margin / 3, 9) > 0
+    return "run a pair" if more else "discard"
 
 
 def wave_verdict(gain, margin, fresh=None):
@@ -154,7 +166,7 @@ def read_results(path, complain):
             complain(f"{path}, line {number}: {error}; correct it: {line[:80]}")
     steps = {}
     for log in path.parent.glob("run-*-*.log"):
-        found = summary(log)
+        found = summary(log.read_text("utf-8", errors="replace"))
         steps[log.name.split("-")[1][:7], found.get("val_bpb")] = found.get("num_steps")
     for row in rows:
         row.steps = number_of_steps(steps.get((row.train, f"{row.val_bpb:.6f}")))
@@ -170,42 +182,46 @@ class Session:
         groups = {}
         for row in rows:
             row.equal = self.at_equal_steps(row.val_bpb, row.steps)
+        for row in self.counted():
             groups.setdefault(row.train, []).append(row.equal)
-        self.noise, freedom = noise(groups.values())
-        self.freedom = freedom - bool(self.slope)
+        self.noise, self.freedom = noise(groups.values(), int(self.by_steps))
         self.margin = margin(self.noise, self.freedom)
         # A pair's run of the commit before may have its row after the idea that was kept.
         self.kept = [row for row in rows if row.status == "keep" and row.kind != "repeat"][-1]
 
     def fit_slope(self):
         """
-        Set `slope`, 0 where num_steps explain nothing, and `usual`, the ln(num_steps) to which
-        at_equal_steps() brings a val_bpb. A GPU's speed is steady, so there it stays as it is.
+        Set `by_steps`, whether val_bpb is brought to equal steps, on a CPU (a GPU's speed is
+        steady); `slope`, for that; `usual`, the ln(num_steps) of the baseline.
         """
         self.slope = self.usual = 0
         baseline = [row.steps for row in self.rows if row.train == self.first.train]
-        if not (self.machine or "").startswith("cpu") or None in baseline:
+        self.by_steps = (self.machine or "").startswith("cpu") and None not in baseline
+        if not self.by_steps:
             return
         groups = {}
-        for row in self.rows:
-            if row.steps:
-                groups.setdefault(row.train, []).append((row.val_bpb, math.log(row.steps)))
-        if len(set(baseline)) > 1:
-            self.slope = slope(groups.values())
-            self.usual = statistics.fmean(map(math.log, baseline))
+        for row in self.counted():
+            groups.setdefault(row.train, []).append((row.val_bpb, math.log(row.steps)))
+        self.slope = slope(groups.values())
+        self.usual = statistics.fmean(map(math.log, baseline))
+
+    def counted(self):
+        """The rows that compare: at equal steps those with steps."""
+        return [row for row in self.rows if row.steps or not self.by_steps]
 
     def at_equal_steps(self, val_bpb, steps):
         """What a run would have got in as many steps as the baseline takes on average."""
-        if not self.slope or not steps:
-            return val_bpb
-        return val_bpb - self.slope * (math.log(steps) - self.usual)
+        return val_bpb - self.slope * (math.log(steps) - self.usual) if steps else val_bpb
 
     def __str__(self):
-        return f"margin {self.margin:.6f}, noise {self.noise:.6f}, f = {self.freedom}"
+        words = f"margin {self.margin:.6f}, noise {self.noise:.6f}, f = {self.freedom}"
+        if (self.machine or "").startswith("cpu") and not self.by_steps:
+            words += " (not at equal steps: no log has the val_bpb of a row of the baseline)"
+        return words
 
     def runs(self, train, seed):
         """The rows of one train.py on one seed."""
-        return [row for row in self.rows if row.train == train and row.seed == seed]
+        return [row for row in self.counted() if row.train == train and row.seed == seed]
 
     def missing(self):
         """The seeds on which the baseline has yet to run."""
@@ -233,9 +249,9 @@ def same_commit(a, b):
     return bool(a and b) and (a.startswith(b) or b.startswith(a))
 
 
-def summary(path):
+def summary(text):
     """The summary of a log, as a dictionary of texts; empty if there is none."""
-    return dict(re.findall(r"^(\w+): +(\S.*)$", path.read_text("utf-8", errors="replace"), re.M))
+    return dict(re.findall(r"^(\w+): +(\S.*)$", text, re.M))
 
 
 def number_of_steps(text):
@@ -249,7 +265,7 @@ def logs(folder, commit, seed="*"):
         if same_commit(path.name.split("-")[1], commit):
             text = path.read_text("utf-8", errors="replace")
             more = {"name": path.name, "text": text, "ended": path.stat().st_mtime}
-            found.append(summary(path) | more)
+            found.append(summary(text) | more)
     return sorted(found, key=lambda log: log["ended"])
 
 
@@ -273,22 +289,22 @@ def number(log, seed, machine):
 
 
 def time_of(log):
-    """The TIME in a log's name, the same for both runs of a pair."""
-    return log["name"].removesuffix(".log").split("-")[3]
+    """The TIME in a log's name, the same for both runs of a pair (a wave's has a number behind)."""
+    return log["name"].removesuffix(".log").split("-", 3)[3]
 
 
-def pair(folder, commit, kept, machine):
+def pairs(folder, commit, kept):
     """
-    The logs of the commit and of the last kept one on seed 43, in the newest pair that pair.py has
-    run; None if there is none. Exits if one of them has no number.
+    {seed: (log of the commit, log of the last kept one)} of what pair.py has run, the newest pair
+    on each seed.
     """
-    theirs = {time_of(log): log for log in logs(folder, kept, 43)}
-    for log in reversed(logs(folder, commit, 43)):
-        if other := theirs.get(time_of(log)):
-            number(log, 43, machine)
-            number(other, 43, machine)
-            return log, other
-    return None
+    found = {}
+    for seed in PAIR_SEEDS:
+        theirs = {time_of(log): log for log in logs(folder, kept, seed)}
+        for log in logs(folder, commit, seed):
+            if time_of(log) in theirs:
+                found[seed] = log, theirs[time_of(log)]
+    return found
 
 
 def fresh_gains(folder, commit, kept, machine):
@@ -341,6 +357,14 @@ def other_kernels(log, usual):
 # ------------------------------------------------------------------------------------------------
 # The program
 
+def one_budget(mine, theirs):
+    """Exits if two logs are of different budgets."""
+    budgets = [log.get("time_budget", "300").split()[0] for log in (mine, theirs)]
+    if len(set(budgets)) > 1:
+        sys.exit(f"{mine['name']} trained for {budgets[0]} s, {theirs['name']} for {budgets[1]} s: "
+                 "run with the AUTORESEARCH_TIME_BUDGET of this night again")
+
+
 def first_gain(session, folder, commit):
     """
     The gain on seed 42 over the mean of the last kept commit, at equal steps on a CPU, and the
@@ -351,15 +375,14 @@ def first_gain(session, folder, commit):
     if not runs:
         sys.exit(f"there is no run-{commit}-42-*.log: run {commit} on seed 42 first")
     value = number(runs[-1], 42, session.machine)
-    theirs = logs(folder, kept.commit, 42)
-    budgets = [log[-1].get("time_budget", "300").split()[0] for log in (runs, theirs) if log]
-    if len(set(budgets)) > 1:
-        sys.exit(f"{runs[-1]['name']} trained for {budgets[0]} s, {theirs[-1]['name']} for "
-                 f"{budgets[1]} s: run with the AUTORESEARCH_TIME_BUDGET of this night again")
+    if theirs := logs(folder, kept.commit, 42):
+        one_budget(runs[-1], theirs[-1])
     earlier = [row.equal for row in session.runs(kept.train, 42)]
     if not earlier:
         sys.exit(f"{kept.commit}, the last kept commit, has no row on seed 42: run it there first")
     steps = number_of_steps(runs[-1].get("num_steps"))
+    if session.by_steps and not steps:
+        sys.exit(f"{runs[-1]['name']} has no num_steps: correct train.py's report and run again")
     return statistics.fmean(earlier) - session.at_equal_steps(value, steps), steps
 
 
@@ -369,42 +392,60 @@ def faster(session, steps):
     idea, and not the machine.
     """
     kept = [row.steps for row in session.rows if row.train == session.kept.train and row.steps]
-    if not session.slope or not steps or not kept:
+    if not session.by_steps or not kept:
         return 0
     return max(0, -session.slope * math.log(steps / max(kept)))
+
+
+def by_pairs(session, found, gain):
+    """
+    (verdict, mean gain, words) with the logs of pairs, by seed. gain: on seed 42. Exits if one of
+    them cannot be compared.
+    """
+    gains, costs, told = [], [], []
+    for seed, (mine, theirs) in found.items():
+        one_budget(mine, theirs)
+        gains.append(number(theirs, seed, session.machine) - number(mine, seed, session.machine))
+        told.append(f"{gains[-1]:+.6f} on seed {seed}")
+        if session.by_steps:
+            costs.append(math.log(int(mine["num_steps"]) / int(theirs["num_steps"])))
+    if costs:
+        # What a step costs: in a pair both have had the same moments of the machine.
+        cost = statistics.fmean(costs)
+        gain -= session.slope * cost
+        told = [f"with {math.exp(cost):.3f} times the steps {gain:+.6f}", *told]
+    gains = [gain, *gains]
+    told.append(f"mean {statistics.fmean(gains):+.6f} "
+                f"(needed: {needed(gains, session.margin):.6f})")
+    return pair_verdict(gains, session.margin), statistics.fmean(gains), ", ".join(told)
 
 
 def decision(session, folder, commit):
     """(verdict, why and what next) for a commit, by its logs. Exits if something is missing."""
     kept = session.kept
-    both = pair(folder, commit, kept.commit, session.machine)
-    if both:
-        # The margin is that before the pair, even if a row of the pair is there already.
-        theirs = float(both[1]["val_bpb"])
-        session = Session([row for row in session.rows
-                           if (row.kind, row.seed, row.val_bpb) != ("repeat", 43, theirs)])
+    found = pairs(folder, commit, kept.commit)
+    # The margin is that before the pairs, even if rows of them are there already.
+    theirs = {(seed, float(log.get("val_bpb", 0))) for seed, (_, log) in found.items()}
+    session = Session([row for row in session.rows
+                       if row.kind != "repeat" or (row.seed, row.val_bpb) not in theirs])
     gain, steps = first_gain(session, folder, commit)
-    result = verdict(gain + faster(session, steps), session.margin, bool(session.slope))
+    result = verdict(gain + faster(session, steps), session.margin, session.by_steps)
     words = f"gain {gain:+.6f} over {kept.commit} on seed 42"
-    if session.slope:
+    if session.by_steps:
         words += " at equal steps"
-    if both and (result == "run a pair" or session.slope):
-        second = theirs - float(both[0]["val_bpb"])
-        if session.slope:
-            # What a step costs: in a pair both have had the same moments of the machine.
-            ratio = int(both[0]["num_steps"]) / int(both[1]["num_steps"])
-            gain -= session.slope * math.log(ratio)
-            words += f", with {ratio:.3f} times the steps {gain:+.6f}"
-        result = pair_verdict(gain, second, session.margin)
-        words += (f", {second:+.6f} on seed 43, mean {(gain + second) / 2:+.6f} "
-                  f"(needed: {PAIR * session.margin:.6f})")
+    simpler = "; or keep if the code got simpler"
+    if found and (result == "run a pair" or session.by_steps):
+        result, gain, told = by_pairs(session, found, gain)
+        words += f", {told}"
+    elif session.by_steps:
+        simpler = "; or, if the code got simpler, run a pair" if result == "discard" else ""
     words += f"; {session}"
     if result == "run a pair":
         words += "; now run uv run trial.py pair"
     if result != "keep" and gain >= -session.noise:
-        words += "; or keep if the code got simpler"
+        words += simpler
     usual = logs(folder, kept.commit)
-    for log in logs(folder, commit) + (usual[-1:] if both else []):
+    for log in logs(folder, commit) + [log for _, log in found.values()]:
         words += busy(log, usual) + other_kernels(log, usual)
     return result, words
 

@@ -1,12 +1,14 @@
 """
-A pair: an idea and the last kept commit, both on seed 43, under the same conditions.
+A pair: an idea and the last kept commit on one seed, under the same conditions.
 
-    uv run pair.py [COMMIT]                 # HEAD unless named; uv run trial.py pair waits for it
+    uv run trial.py pair                    # in the background, as program.md has it
+    uv run pair.py [COMMIT]                 # HEAD unless named
 
 On a CPU both train by short turns (Turns in referee.py), so a moment in which the machine is slow
 hits both. Elsewhere they run one after the other: the speed of a GPU is steady, and its memory
-may not hold two. Each is in a clone of its own, so train.py may be edited meanwhile. Logs:
-run-COMMIT-43-TIME.log, the same TIME for both.
+may not hold two. Each is in a clone of its own, so train.py may be edited meanwhile. The seed is
+43, for an idea's second pair 44, for its third 45. Logs: run-COMMIT-SEED-TIME.log, the same TIME
+for both. If one of the two fails, the other is stopped.
 """
 
 import argparse
@@ -21,46 +23,47 @@ from pathlib import Path
 import decide
 
 HERE = Path(__file__).resolve().parent
-SEED = "43"
 
 
-def start(commit, log, folder, name, by_turns):
+def start(commit, seed, log, folder, name, by_turns):
     """Start a commit's train.py in a clone of its own."""
     clone = folder / f"clone{name}"
     git = "git", "-C", clone
     subprocess.run(["git", "clone", "-q", "--no-checkout", "--shared", HERE, clone], check=True)
     subprocess.run([*git, "checkout", "-q", "--detach", commit], check=True)
-    environment = os.environ | {"AUTORESEARCH_SEED": SEED, "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"AUTORESEARCH_SEED": str(seed), "PYTHONUNBUFFERED": "1"}
     if by_turns:
         environment["AUTORESEARCH_TURNS"] = str(folder / name)
+        environment["KMP_BLOCKTIME"] = "0"      # Intel's threads would spin into the other's turn
     with open(log, "wb") as file:
         return subprocess.Popen([sys.executable, "train.py"], cwd=clone, env=environment,
                                 stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
 
 
-def run(commits, by_turns):
-    """Run a pair of commits. Returns their logs."""
+def run(commits, seed, by_turns):
+    """Run a pair of commits on a seed. Returns their logs."""
     stamp = time.strftime("%d%H%M%S")
-    logs = [HERE / f"run-{commit}-{SEED}-{stamp}.log" for commit in commits]
+    logs = [HERE / f"run-{commit}-{seed}-{stamp}.log" for commit in commits]
     with tempfile.TemporaryDirectory(prefix="pair-", ignore_cleanup_errors=True) as folder:
         folder = Path(folder)
-        (folder / "turn").write_text("0")
+        (folder / "turn").write_text("0 0\n")
         processes = []
         try:
             for name, (commit, log) in enumerate(zip(commits, logs)):
-                processes.append(start(commit, log, folder, str(name), by_turns))
+                processes.append(start(commit, seed, log, folder, str(name), by_turns))
                 # The second one starts up once the first is ready to train, or after it.
                 while processes[-1].poll() is None and not (folder / f"{name}.ready").exists():
                     time.sleep(0.1)
-            while any(process.poll() is None for process in processes):
-                for name, process in enumerate(processes):
-                    if process.poll() is not None:              # whatever ended it
-                        (folder / f"{name}.over").touch()
-                        (folder / f"{name}.done").touch()
+                if processes[-1].poll():
+                    break
+            # None: it goes on; 0: it has its number
+            while None in (states := [process.poll() for process in processes]) and not any(states):
                 time.sleep(0.1)
         finally:
             for process in processes:
                 process.terminate()
+            for process in processes:
+                process.wait()
     return logs
 
 
@@ -76,13 +79,17 @@ def main():
         sys.exit(f"{idea} is the last kept commit itself: commit an idea first")
     import machine                                      # loads torch, which takes seconds
 
+    done = [seed for seed, both in decide.pairs(HERE, idea, kept).items()
+            if all("val_bpb" in log for log in both)]
+    seed = next((seed for seed in decide.PAIR_SEEDS if seed not in done), decide.PAIR_SEEDS[-1])
     by_turns = machine.default_device().type == "cpu"
-    print(f"{idea} and {kept} on seed {SEED}, {'by turns' if by_turns else 'one after the other'}",
+    print(f"{idea} and {kept} on seed {seed}, {'by turns' if by_turns else 'one after the other'}",
           flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM: no result"))
-    logs = run([idea, kept], by_turns)
+    logs = run([idea, kept], seed, by_turns)
     print("---")
-    summaries = [decide.summary(log) for log in logs]
+    summaries = [decide.summary(log.read_text("utf-8", errors="replace")) if log.exists() else {}
+                 for log in logs]
     for log, found in zip(logs, summaries):
         said = f"val_bpb {found.get('val_bpb')}, {found.get('num_steps')} steps"
         print(f"{log.name}: {said if 'val_bpb' in found else 'no val_bpb'}")

@@ -692,17 +692,17 @@ class Turns:
     """
     Two runs that share a CPU and train by turns, so that a moment in which the machine is slow
     hits both alike (pair.py). They tell each other by files in a folder: `turn` names the run that
-    may train, NAME.ready one that has started, NAME.over one that trains no more, NAME.done one
-    that is evaluated. Never do both compute: with two threads for each core a step took 20 times
-    as long (dev/log.md).
+    may train, and how long the other one has trained; NAME.ready is there once it has started,
+    NAME.over once it trains no more, NAME.done once it is evaluated. Never do both compute: with
+    two threads for each core a step took 20 times as long (dev/log.md).
     """
-    LENGTH = 0.25           # seconds, or a step: of 1 s each, 60 turns differed by 2% in steps
+    AHEAD = 0.1             # seconds by which a run gets ahead before it passes the turn on
 
     def __init__(self, path):
         """path: the folder / NAME, where NAME is 0 or 1."""
         self.folder, self.mine = Path(path).parent, Path(path).name
         self.other = "1" if self.mine == "0" else "0"
-        self.since = None   # awake() when this turn began
+        self.until = 0.0    # of this run's seconds of training, when its turn ends
         self.waited = self.worked = 0       # seconds of the other's turns, of processors in them
 
     def mark(self, what):
@@ -711,17 +711,21 @@ class Turns:
     def other_is(self, what):
         return (self.folder / f"{self.other}.{what}").exists()
 
-    def is_over(self):
-        """Whether this run has had its turn."""
-        return self.since is not None and awake() - self.since >= self.LENGTH
-
-    def pass_on(self):
-        (self.folder / "turn").write_text(self.other)
+    def pass_on(self, elapsed):
+        """Let the other train, after so many seconds of this run's own training."""
+        (self.folder / "turn").write_text(f"{self.other} {elapsed}\n")
 
     def is_mine(self):
+        """Whether this run may train: until it is ahead of the other, or to its end."""
         if self.other_is("over"):
+            self.until = math.inf
             return True
-        return self.other_is("ready") and (self.folder / "turn").read_text() == self.mine
+        text = (self.folder / "turn").read_text()
+        if not (self.other_is("ready") and text.endswith("\n")):       # else half written
+            return False
+        name, elapsed = text.split()
+        self.until = float(elapsed) + self.AHEAD
+        return name == self.mine
 
 # ------------------------------------------------------------------------------------------------
 # Messages and shared memory
@@ -1158,19 +1162,20 @@ class Referee:
 
     def take_turn(self):
         """Wait for the other run where it is its turn to train."""
-        if self.handed and not self.turns.is_over():
+        elapsed = awake() - self.first_batch if self.handed else 0.0
+        if self.handed and elapsed < self.turns.until:
             return
         self.turns.mark("ready")
         if self.handed:
-            self.turns.pass_on()
+            self.turns.pass_on(elapsed)
         self.stand_still(self.turns.is_mine)
-        self.turns.since = awake()
 
     def stand_still(self, condition):
         """Wait until condition(); meanwhile the clock stands still, and so must train.py."""
         start, load_before = awake(), self.load()
-        while not condition():
-            if self.seconds() > self.limit or not self.is_alive():
+        while not condition() and self.channel.inbox.empty():   # a message says that it has failed
+            # A hung run is killed at its own limit, and the other one goes on.
+            if awake() - start > self.limit + 10 or not self.is_alive():
                 sys.exit(UNFINISHED)
             time.sleep(0.005)
         waited, load = awake() - start, self.load() - load_before
@@ -1178,7 +1183,7 @@ class Referee:
             self.turns.waited += waited
             self.turns.worked += load[0]
         # Threads that have just finished a step may look out for the next for a moment.
-        if self.turns.worked > 0.5 + 0.2 * self.turns.waited:
+        if self.turns.worked > 0.5 + 0.1 * len(cores_of(self.process)) * self.turns.waited:
             sys.exit(f"FAIL: train.py computed for {self.turns.worked:.1f} s while it was the turn "
                      "of the other run of the pair")
         self.started += waited
@@ -1241,11 +1246,11 @@ class Referee:
         if training > allowed:
             sys.exit(f"FAIL: {training:.1f} s of training, where {allowed:.1f} s "
                      "(budget, 2% and one step) are allowed")
-        texts = self.checked_texts()
         if self.turns:
             self.turns.mark("over")
             before = "over" if self.turns.mine == "0" else "done"
             self.stand_still(lambda: self.turns.other_is(before))
+        texts = self.checked_texts()
 
         start = awake()
         # Whatever train.py asks for, its logits take at most 1 GiB in float32 at a time.

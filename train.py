@@ -72,16 +72,21 @@ def recipe(**overrides):
 
 
 RECIPES = {
-    # Starts from published runs on an H100; not run here
+    # Published by others, none of it run here on this text. H100: karpathy/autoresearch, 8 March
+    # 2026. B200: mikeapedia/autoresearch-at-home, 150 runs, SESSION_SUMMARY.md.
     "climbmix": recipe(
-        depth=9,
-        width=640,
-        head_dim=128,
-        window_pattern="SSSSL",
-        rotary_base=2e5,
-        device_batch_size=128,
-        embedding_lr=0.9,
-        warmdown=0.75,
+        depth=9,                # H100
+        width=640,              # H100
+        head_dim=128,           # H100; on the B200 64 was worse
+        window_pattern="SSSSL", # H100
+        rotary_base=2e5,        # H100
+        softcap=13,             # B200: 11, 14 and 15 were worse
+        device_batch_size=64,   # B200: 2^17 tokens a step; 2^15 and 2^18 were worse
+        embedding_lr=1.2,       # B200
+        matrix_lr=0.025,        # B200, at 2^17 tokens; H100: 0.04 at 2^18
+        matrix_decay=0.15,      # B200
+        warmdown=0.75,          # H100; B200: 0.7
+        final_lr=0.02,          # B200: 0.0006 better than 0.005
     ),
     # Starts from published runs on small GPUs and Macs; not run here
     "tinystories": recipe(),

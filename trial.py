@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -58,8 +59,10 @@ def budget_of_the_night():
     """The seconds of training that program.md names, as text; None if it names none."""
     program = Path("program.md")
     text = program.read_text("utf-8", errors="replace") if program.exists() else ""
-    found = re.search(r"^Budget: ([\d.]+) seconds", text, re.M)
-    return found and found[1]
+    found = re.search(r"^Budget:(.*)", text, re.M)
+    if found and not re.match(r" [\d.]+ seconds\b", found[1]):
+        sys.exit(f"program.md says 'Budget:{found[1]}' instead of, say, 'Budget: 300 seconds'")
+    return found and found[1].split()[0]
 
 
 def start(runs, budget):
@@ -111,9 +114,12 @@ def wait(seconds):
 
 def stop():
     if process := going():
+        family = [process, *process.children(recursive=True)]
         process.terminate()
-        if psutil.wait_procs([process], 30)[1]:
-            process.kill()
+        # What it has started ends with it, but on Windows, and where it hangs.
+        for each in psutil.wait_procs(family, 30)[1]:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
         print(f"stopped process {process.pid}")
     else:
         print("no run is going")

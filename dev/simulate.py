@@ -4,14 +4,15 @@ How often the rule of decide.py keeps an idea that does nothing, in percent.
     uv run dev/simulate.py [--nights N]
 
 A night is four baselines and then 60 ideas. Each is compared on seed 42 with the last kept commit,
-which may have been kept by chance, and by a pair on seed 43 where decide.py asks for it. The last
-kept commit runs again whenever ten rows have come. The noise of a run has two parts: that of commit
-and seed, the same whenever they run again, and that of the machine, AR(1) with correlation rho from
-one run to the next. Its variance is 1, so the floor of the margin plays no part. Random seed 1.
+which may have been kept by chance, and in pairs on further seeds where decide.py asks for them.
+The last kept commit runs again whenever ten rows have come. The noise of a run has two parts: that
+of commit and seed, the same whenever they run again, and that of the machine, AR(1) with
+correlation rho from one run to the next. Its variance is 1, so the floor of the margin plays no
+part. Random seed 1.
 
 In the last lines the noise has a third part, a speed that wanders as well, moves val_bpb by so many
 standard deviations of the other two, and is seen in num_steps: what decide.py does on a CPU. The
-runs of a pair train by turns, so that they have one speed.
+runs of a pair train by turns, so that they have one speed, but for 0.3 of such a deviation.
 """
 
 import argparse
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import decide
 
 IDEAS = 60
+APART = 0.3     # standard deviations of the rest, by which the speeds of a pair's runs differ
 # The machine's fraction of the variance, rho, and what its speed adds.
 MACHINES = [(0, 0, 0), (0.5, 0.5, 0), (0.8, 0.5, 0), (0.8, 0.8, 0), (0.8, 0.95, 0),
             (0, 0, 10), (0.5, 0.5, 3), (0.5, 0.5, 10), (0.5, 0.95, 10)]
@@ -57,14 +59,21 @@ class Night:
         self.values.setdefault(commit, []).append((value, x))
         return value, x
 
+    def pair(self, kept, idea, seed):
+        """What two runs by turns come to."""
+        speed = self.wander(self.speed)
+        theirs = self.run(kept, seed, speed)
+        if self.by_steps:
+            speed += APART / self.spread / -decide.SLOPE * self.draw()
+        return theirs, self.run(idea, seed, speed)
+
     def judge(self):
         """decide.py's slope and margin, as of now."""
         # A commit that ran once says nothing about the noise.
         repeated = [values for values in self.values.values() if len(values) > 1]
         slope = decide.slope(repeated) if self.by_steps else 0
-        s, freedom = decide.noise([[value - slope * x for value, x in values]
-                                   for values in repeated])
-        return slope, decide.margin(s, freedom - self.by_steps)
+        equal = [[value - slope * x for value, x in values] for values in repeated]
+        return slope, decide.margin(*decide.noise(equal, int(self.by_steps)))
 
     def decisions(self, ideas=IDEAS):
         """Whether each idea is kept, one after the other."""
@@ -76,18 +85,23 @@ class Night:
                 rows = 0
             # Before the idea runs: its own runs do not count in the margin that it has to beat.
             slope, margin = self.judge()
-            mine = self.run(idea, 42)
+            first = self.run(idea, 42)
             gain = (statistics.fmean(value - slope * x for value, x in on_42)
-                    - (mine[0] - slope * mine[1]))
+                    - (first[0] - slope * first[1]))
+            faster = max(0, -slope * (first[1] - max(x for _, x in self.values[kept])))
             rows += 1
-            result = decide.verdict(gain, margin, self.by_steps)
-            if result == "run a pair":
-                speed = self.wander(self.speed)
-                second = -self.run(idea, 43, speed)[0] + self.run(kept, 43, speed)[0]
+            result = decide.verdict(gain + faster, margin, self.by_steps)
+            gains, costs = [gain], []
+            while result == "run a pair":
+                seed = decide.PAIR_SEEDS[len(costs)]
+                theirs, mine = self.pair(kept, idea, seed)
                 rows += 2
-                result = decide.pair_verdict(gain, second, margin)
+                gains.append(theirs[0] - mine[0])
+                costs.append(mine[1] - theirs[1])
+                gains[0] = gain - slope * statistics.fmean(costs)
+                result = decide.pair_verdict(gains, margin)
             if result == "keep":
-                kept, on_42 = idea, [mine]
+                kept, on_42 = idea, [first]
             yield result == "keep"
 
 

@@ -16,7 +16,7 @@ from children import ROOT, copy_programs, forked, program
 
 LOG = "            run.log(step, loss)\n"
 BUDGET = 3         # seconds
-LENGTH = referee.Turns.LENGTH
+AHEAD = referee.Turns.AHEAD
 
 
 @pytest.fixture(scope="module")
@@ -106,24 +106,55 @@ def test_two_runs_train_by_turns(tmp_path, small_cache):
     # one after the other: never did both train within one turn
     steps = sorted((at, commit) for commit in (pair.idea, pair.kept) for at in pair.steps(commit))
     turns = [[at for at, _ in group] for _, group in itertools.groupby(steps, lambda step: step[1])]
-    assert BUDGET / LENGTH <= len(turns) <= 2 * BUDGET / LENGTH + 2
-    assert max(turn[-1] - turn[0] for turn in turns) < 2 * LENGTH
+    assert BUDGET / AHEAD / 2 <= len(turns) <= 2 * BUDGET / AHEAD + 2
+    assert max(turn[-1] - turn[0] for turn in turns) < 4 * AHEAD
     assert not pair.left()
 
 
-@pytest.mark.parametrize("fault,words", [
-    ("exit('broken')", "broken"),
+@pytest.mark.parametrize("fault,words,other", [
+    ("exit('broken')", "broken", "stopped by SIGTERM"),
     # work in a thread goes on while the main one waits for its turn
     ("import threading; step or threading.Thread(daemon=True, target=lambda: "
      "[pow(3, 9**6) for _ in iter(int, 1)]).start()",
-     "while it was the turn of the other run of the pair")])
-def test_a_run_that_breaks_leaves_the_other_its_number(fault, words, tmp_path, small_cache):
+     "while it was the turn of the other run of the pair", "stopped by SIGTERM"),
+    ("import os; os.kill(os.getpid(), 9)", "", "stopped by SIGTERM")])
+def test_a_run_that_breaks_ends_the_other(fault, words, other, tmp_path, small_cache):
     pair = Pair(tmp_path, small_cache, fault)
     result = pair.run()
     assert result.returncode == 1
-    assert f"{pair.log(pair.idea).name}: no val_bpb" in result.stdout
+    for commit in pair.idea, pair.kept:
+        assert f"{pair.log(commit).name}: no val_bpb" in result.stdout
     assert words in pair.log(pair.idea).read_text()
-    assert f"{pair.log(pair.kept).name}: val_bpb" in result.stdout
+    assert other in pair.log(pair.kept).read_text()
+    assert len(pair.lines()) == 2 and not pair.left()
+
+
+def test_beside_a_run_that_does_not_start_none_is_started(tmp_path, small_cache):
+    pair = Pair(tmp_path, small_cache)
+    (pair.clone / "train.py").write_text("import prepare, nonsense")
+    pair.git("commit", "-qam", "nonsense")
+    result = pair.run()
+    assert result.returncode == 1 and result.stdout.count("no val_bpb") == 2
+    assert not list(pair.clone.glob(f"run-{pair.kept}-*"))
+
+
+def test_turns_leave_two_clocks_side_by_side(tmp_path):
+    """By hand: steps of 0.35 and 0.2 s, each run goes on until it is 0.1 s ahead."""
+    (tmp_path / "turn").write_text("0 0\n")
+    turns = [referee.Turns(tmp_path / name) for name in "01"]
+    clocks, order = [0.0, 0.0], []
+    for each in turns:
+        each.mark("ready")
+    for _ in range(5):
+        for name, (each, step) in enumerate(zip(turns, (0.35, 0.2))):
+            assert each.is_mine() and not turns[1 - name].is_mine()
+            while clocks[name] < each.until:
+                clocks[name] = round(clocks[name] + step, 6)
+                order.append(str(name))
+            each.pass_on(clocks[name])
+    assert "".join(order) == "0111" "01" "011" "011" "011"
+    turns[1].mark("over")
+    assert turns[0].is_mine() and turns[0].until == float("inf")
 
 
 def test_a_pair_that_is_stopped_leaves_nothing_behind(tmp_path, small_cache):

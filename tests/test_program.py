@@ -209,6 +209,14 @@ def test_trial_passes_the_budget_on_and_starts_waves(clone):
     shell(COMMIT.replace('"<the idea, and why it should help>"', "'a budget'"))
     shell(f"{RUN} --budget 60")
     assert shell(WAIT).endswith("budget 60")
+    # the human's line in program.md, where the environment says nothing
+    steering = (folder / "program.md").read_text()
+    unset = "unset AUTORESEARCH_TIME_BUDGET; "
+    (folder / "program.md").write_text(steering.replace("Budget: 300 s", "Budget: 45 s"))
+    shell(unset + RUN)
+    assert shell(WAIT).endswith("budget 45")
+    (folder / "program.md").write_text(steering.replace("Budget: 300 s", "Budget: five minutes; s"))
+    assert "instead of, say, 'Budget: 300 seconds'" in shell(unset + RUN)
     assert shell("uv run trial.py abc:42 def:43") == "started: wave.out"
     assert shell(WAIT) == "wave.out: ended\nwave of abc:42 def:43"
 
