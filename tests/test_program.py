@@ -132,12 +132,12 @@ def test_the_loop_keeps_discards_crashes_and_runs_pairs(clone):
     assert (folder / "results.tsv").read_text() == table
     assert (folder / "program.md").read_text() == steering
 
-    near = idea(folder, shell, 1.2388, 1.2385)
+    near = idea(folder, shell, 1.2388, 1.2399)
     run(shell, 42)
     assert shell("uv run decide.py").startswith("run a pair: gain +0.001200")
     assert shell(PAIR) == "started: pair.out"
     said = shell(WAIT)
-    assert re.search(rf"^run-{near}-43-\d+.log: val_bpb 1.238500, 100 steps$", said, re.M)
+    assert re.search(rf"^run-{near}-43-\d+.log: val_bpb 1.239900, 100 steps$", said, re.M)
     assert re.search(rf"^run-{better}-43-\d+.log: val_bpb 1.240000, 100 steps$", said, re.M)
     assert shell("uv run decide.py").startswith("discard: gain +0.001200")
     assert shell("git rev-parse --short HEAD") == near
