@@ -12,6 +12,7 @@ fresh seeds, or discard it; a line for each commit.
 """
 
 import argparse
+import itertools
 import math
 import re
 import statistics
@@ -37,7 +38,8 @@ SLOPE_WEIGHT = 0.01
 
 # Descriptions of rows that are not ideas, as program.md has them written. An idea may begin with
 # the same words: "seed 64 rows of the table", "baseline on a diet".
-BASELINE = re.compile(r"baseline(?:(?: on (?P<machine>.+?))?, seed (?P<seed>\d+).*)?$", re.I)
+BASELINE = re.compile(
+    r"baseline(?:(?: on (?P<machine>.+?))?(?:, again)?, seed (?P<seed>\d+).*)?$", re.I)
 REPEAT = re.compile(r"(?:again,? )?seed (?P<seed>\d+)(?=[:,;]|$)", re.I)
 
 # ------------------------------------------------------------------------------------------------
@@ -327,12 +329,11 @@ def fresh_gains(folder, commit, kept, machine):
             for a, b, seed in zip(mine, theirs, FRESH_SEEDS)]
 
 
-def busy(log, usual):
+def busy(log, usual, again="delete this log and run again"):
     """
     A warning if others had over 10% of the machine during a run; for a log that does not tell, if
     it took over 10% fewer steps than those in `usual`. Else an empty text.
     """
-    again = "delete this log and run again"
     if share := re.match(r"(\d+)% ours", log.get("machine", "")):
         if int(share[1]) >= 90:
             return ""
@@ -429,10 +430,13 @@ def decision(session, folder, commit):
     session = Session([row for row in session.rows
                        if row.kind != "repeat" or (row.seed, row.val_bpb) not in theirs])
     gain, steps = first_gain(session, folder, commit)
-    result = verdict(gain + faster(session, steps), session.margin, session.by_steps)
+    more = faster(session, steps)
+    result = verdict(gain + more, session.margin, session.by_steps)
     words = f"gain {gain:+.6f} over {kept.commit} on seed 42"
     if session.by_steps:
         words += " at equal steps"
+    if more and not found:
+        words += f" and {more:+.6f} for more steps than {kept.commit} ever took, if due to the idea"
     simpler = "; or keep if the code got simpler"
     if found and (result == "run a pair" or session.by_steps):
         result, gain, told = by_pairs(session, found, gain)
@@ -445,8 +449,11 @@ def decision(session, folder, commit):
     if result != "keep" and gain >= -session.noise:
         words += simpler
     usual = logs(folder, kept.commit)
-    for log in logs(folder, commit) + [log for _, log in found.values()]:
+    for log in logs(folder, commit, 42):
         words += busy(log, usual) + other_kernels(log, usual)
+    for log in itertools.chain(*found.values()):
+        again = "delete both logs of this pair and run it again"
+        words += busy(log, usual, again) + other_kernels(log, usual)
     return result, words
 
 

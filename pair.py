@@ -13,6 +13,7 @@ for both. If one of the two fails, the other is stopped.
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ def start(commit, seed, log, folder, name, by_turns):
     git = "git", "-C", clone
     subprocess.run(["git", "clone", "-q", "--no-checkout", "--shared", HERE, clone], check=True)
     subprocess.run([*git, "checkout", "-q", "--detach", commit], check=True)
+    shutil.copy(HERE / "results.tsv", clone)        # names the commit whose losses a log shows
     environment = os.environ | {"AUTORESEARCH_SEED": str(seed), "PYTHONUNBUFFERED": "1"}
     if by_turns:
         environment["AUTORESEARCH_TURNS"] = str(folder / name)

@@ -100,7 +100,9 @@ def last_kept(folder, journal, line):
     """
     with suppress(OSError, ValueError):
         rows = [row.split("\t") for row in (folder / "results.tsv").read_text("utf-8").splitlines()]
-        kept = [row[0] for row in rows if len(row) == 5 and row[3] == "keep"]
+        # Not the kept commit's half of a pair, whose row may follow the idea that was kept.
+        kept = [row[0] for row in rows
+                if len(row) == 5 and row[3] == "keep" and not row[4].startswith("again")]
         if not kept:
             return None
         found = None

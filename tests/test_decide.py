@@ -229,6 +229,7 @@ def test_a_gain_on_a_cpu_is_that_at_equal_steps(gain, steps, result, wandering, 
     line, code = answer()
     assert line.startswith(f"{result}: gain ") and "on seed 42 at equal steps" in line and code == 0
     assert float(line.split()[4 if "pair" in result else 2]) == pytest.approx(gain, abs=2e-6)
+    assert ("+0.076246 for more steps than" in line) == (steps == 4000)
     assert "margin 0.006000, noise 0.001000, f = 2" in line
 
 
@@ -340,6 +341,7 @@ def test_another_machine_is_another_session(write, log, answer):
     ("Baseline, seed 43", "baseline", 43, None),
     ("baseline on cpu (AMD EPYC, 2 cores), seed 44", "baseline", 44, "cpu (AMD EPYC, 2 cores)"),
     ("baseline on cpu (x86_64), seed 42, again 1", "baseline", 42, "cpu (x86_64)"),
+    ("baseline on cpu (x86_64), again, seed 42", "baseline", 42, "cpu (x86_64)"),
     ("again, seed 43", "repeat", 43, None),
     ("Seed 43: wider", "repeat", 43, None),
     ("wider; seed 43 was lucky", "idea", 42, None),
@@ -388,7 +390,9 @@ def test_a_busy_machine(write, log, answer):
     log(IDEA, 43, 1.294, 5)
     log(KEPT, 43, 1.4, 5, num_steps=500)
     log(IDEA, 42, 1.29, 3)
-    assert f"run-{KEPT}-43-240005.log has 500 steps" in answer()[0]
+    words = answer()[0]
+    assert f"run-{KEPT}-43-240005.log has 500 steps" in words
+    assert "busy, so delete both logs of this pair" in words and "delete this log" not in words
 
 
 def test_a_night_has_one_budget(write, log, answer):

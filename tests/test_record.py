@@ -205,7 +205,7 @@ def test_the_last_kept_commit_as_it_ran_here(tmp_path):
     assert record.last_kept(tmp_path, journal, line_of("ddddddd")) is None
     (tmp_path / "results.tsv").write_text(
         row.format("aaaaaaa", "keep") + row.format("bbbbbbb", "keep")
-        + row.format("ccccccc", "discard"))
+        + row.format("ccccccc", "discard") + "aaaaaaa\t1.2\t1.0\tkeep\tagain, seed 43\n")
     for seed, other in ((42, 42), (43, 43), (44, 43)):
         found = record.last_kept(tmp_path, journal, line_of("ddddddd", seed))
         assert (found["commit"], found["seed"]) == ("bbbbbbb", other)
