@@ -168,7 +168,7 @@ def test_where_the_speed_wanders_val_bpb_is_that_at_the_usual_speed(execute, nam
              line("aaaaaa1", 1000, 1.3, "again, seed 42"),
              line("bbbbbb2", 1900, 1.28, "wider"),
              line("bbbbbb2", 900, 1.28, "seed 43: wider", 43),
-             line("aaaaaa1", 1000, 1.301, "again, seed 43", 43),
+             line("aaaaaa1", 1000, 1.30001, "again, seed 43", 43),
              line("ccccccc", 500, 1.29, "worse")]
     text = execute(*zip(*lines))
     assert "val_bpb 1.3000 -> 1.2916: a gain of 0.0084" in text
@@ -338,7 +338,7 @@ def labels_and_points(names):
     return labels, points
 
 
-@pytest.mark.parametrize("night,named", [("nov24", 2), ("nov25", 0), (None, 13)])
+@pytest.mark.parametrize("night,named", [("nov24", 2), ("nov25", 0), ("nov28", 2), (None, 13)])
 def test_labels_cover_no_point_and_no_other_label(night, named, execute, names, tmp_path):
     if night:
         for name in ("results.tsv", "journal.jsonl"):
