@@ -37,7 +37,7 @@ BASE = dict(
     short_window=256,           # tokens a short layer sees; all, if no kernel here gains by windows
     rotary_base=1e4,            # wavelengths from 2 pi to 2 pi x this, in tokens
     qk_scale=1.1,               # multiplies queries and keys after RMS norm
-    softcap=15,                 # logits stay within +-this; above 75, exp() could overflow
+    softcap=15,                 # logits stay within +-this, at most 75; 0: below 75, no more
     value_embed_every=2,        # value embeddings in every nth block, counted from the last
     # For a small text
     short_conv=0,               # previous tokens in a causal depthwise convolution
@@ -97,6 +97,7 @@ RECIPES = {
         qk_scale=1.2,
         value_embed_every=1,
         short_conv=3,
+        softcap=0,              # a pass over the logits less: 5% more steps
         embed_dropout=0.05,
         value_dropout=0.1,
         ngram_order=6,
@@ -217,6 +218,8 @@ class Block(nn.Module):
 
 def softcap(z, cap):
     """Logits within +-cap. The usual cap x tanh(z / cap) takes longer on a CPU."""
+    if not cap:
+        return z.clamp(max=75)          # the sum of exp() over a vocabulary stays finite
     return z * torch.rsqrt(1 + (z * (1 / cap)).square())
 
 

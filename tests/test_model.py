@@ -149,8 +149,10 @@ def test_the_model_is_causal_and_its_rows_are_independent(changes):
     assert (model(other)[:, 20:] - logits[:, 20:]).abs().max() > 1e-3
 
 
-def test_the_loss_is_the_mean_cross_entropy_of_the_scored_targets():
+@pytest.mark.parametrize("cap", [0, 2])
+def test_the_loss_is_the_mean_cross_entropy_of_the_scored_targets(cap):
     model, ids, targets = noisy_model(), random_ids(), random_ids()
+    model.h.softcap = cap
     targets[0, 5:9] = -1
     p = model(ids).detach().softmax(-1)
     nats = []
@@ -159,7 +161,8 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_scored_targets():
             if targets[b, t] >= 0:
                 nats.append(-math.log(p[b, t, targets[b, t]]))
     assert model(ids, targets).item() == pytest.approx(sum(nats) / len(nats), abs=1e-5)
-    assert model(ids).abs().max() < model.h.softcap
+    assert (model(ids).abs().max() < 2) == (cap == 2)
+    assert train.softcap(torch.tensor([99.0]), 0) == 75
 
 
 @pytest.mark.parametrize("chunk_logits", [2**30, 2**10])
