@@ -496,7 +496,7 @@ DECEIT = {
     "training on while it is copied": before(EVALUATE, """
         import time
         def slow(self):
-            time.sleep(4)
+            time.sleep(6)
             return {}
         Model.__getstate__ = slow
     """),
