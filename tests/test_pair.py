@@ -105,9 +105,10 @@ def test_two_runs_train_by_turns(tmp_path, small_cache):
         assert 0.9 * BUDGET < line["training_seconds"] < 1.1 * BUDGET
     # one after the other: never did both train within one turn
     steps = sorted((at, commit) for commit in (pair.idea, pair.kept) for at in pair.steps(commit))
-    turns = [[at for at, _ in group] for _, group in itertools.groupby(steps, lambda step: step[1])]
-    assert BUDGET / AHEAD / 2 <= len(turns) <= 2 * BUDGET / AHEAD + 2
-    assert max(turn[-1] - turn[0] for turn in turns) < 4 * AHEAD
+    blocks = [[at for at, _ in group]
+              for _, group in itertools.groupby(steps, lambda step: step[1])]
+    assert BUDGET / AHEAD / 2 <= len(blocks) <= 2 * BUDGET / AHEAD + 2
+    assert max(block[-1] - block[0] for block in blocks) < 4 * AHEAD
     assert not pair.left()
 
 
@@ -141,20 +142,20 @@ def test_beside_a_run_that_does_not_start_none_is_started(tmp_path, small_cache)
 def test_turns_leave_two_clocks_side_by_side(tmp_path):
     """By hand: steps of 0.35 and 0.2 s, each run goes on until it is 0.1 s ahead."""
     (tmp_path / "turn").write_text("0 0\n")
-    turns = [referee.Turns(tmp_path / name) for name in "01"]
+    both = [referee.Turns(tmp_path / name) for name in "01"]
     clocks, order = [0.0, 0.0], []
-    for each in turns:
+    for each in both:
         each.mark("ready")
     for _ in range(5):
-        for name, (each, step) in enumerate(zip(turns, (0.35, 0.2))):
-            assert each.is_mine() and not turns[1 - name].is_mine()
+        for name, (each, step) in enumerate(zip(both, (0.35, 0.2))):
+            assert each.is_mine() and not both[1 - name].is_mine()
             while clocks[name] < each.until:
                 clocks[name] = round(clocks[name] + step, 6)
                 order.append(str(name))
             each.pass_on(clocks[name])
     assert "".join(order) == "0111" "01" "011" "011" "011"
-    turns[1].mark("over")
-    assert turns[0].is_mine() and turns[0].until == float("inf")
+    both[1].mark("over")
+    assert both[0].is_mine() and both[0].until == float("inf")
 
 
 def test_a_pair_that_is_stopped_leaves_nothing_behind(tmp_path, small_cache):
