@@ -26,8 +26,8 @@ def counts(name):
 
 
 @pytest.mark.parametrize("name,part,kernels,gigabytes", [
-    ("climbmix", "forward", 320, 139.2),
-    ("climbmix", "backward", 235, 146.8),
+    ("climbmix", "forward", 232, 69.8),
+    ("climbmix", "backward", 235, 74.1),
     ("climbmix", "optimizer", 78, 3.26),
     ("tinystories", "forward", 126, 3.34),
     ("tinystories", "backward", 185, 3.09),
