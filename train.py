@@ -84,7 +84,7 @@ RECIPES = {
         device_batch_size=64,   # B200: 2^17 tokens a step; 2^15 and 2^18 were worse
         embedding_lr=1.2,       # B200
         matrix_lr=0.025,        # B200, at 2^17 tokens; H100: 0.04 at 2^18
-        matrix_decay=0.15,      # B200
+        matrix_decay=0.1525,    # B200
         warmdown=0.75,          # H100; B200: 0.7
         final_lr=0.02,          # B200: 0.0006 better than 0.005
     ),
