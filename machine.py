@@ -259,6 +259,20 @@ def sdpa(q, k, v, window):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
+class Products(torch.autograd.Function):
+    """q @ k.mT, with a gradient of k that is laid out like k: a matmul's own is transposed."""
+
+    @staticmethod
+    def forward(ctx, q, k):
+        ctx.save_for_backward(q, k)
+        return q @ k.mT
+
+    @staticmethod
+    def backward(ctx, gradient):
+        q, k = ctx.saved_tensors
+        return gradient @ k, gradient.mT @ q
+
+
 def blockwise(q, k, v, window):
     """
     Plain matmuls, a block of queries at a time with the keys that it sees; compiled, the softmax
@@ -272,10 +286,12 @@ def blockwise(q, k, v, window):
     for start in range(0, T, size):
         end = min(start + size, T)
         first = max(0, start + 1 - window)
-        queries = torch.arange(start, end, device=q.device)[:, None]
-        keys = torch.arange(first, end, device=q.device)
-        hidden = (keys > queries) | (keys <= queries - window)
-        scores = (q[:, :, start:end] @ k[:, :, first:end].mT).float() * q.size(-1) ** -0.5
+        queries = torch.arange(start, end, dtype=torch.int32, device=q.device)[:, None]
+        keys = torch.arange(first, end, dtype=torch.int32, device=q.device)
+        hidden = keys > queries
+        if window < end:
+            hidden |= keys <= queries - window
+        scores = Products.apply(q[:, :, start:end], k[:, :, first:end]).float() * q.size(-1) ** -0.5
         weights = scores.masked_fill(hidden, -math.inf).softmax(-1).to(v.dtype)
         outputs.append(weights @ v[:, :, first:end])
     return torch.cat(outputs, dim=2).transpose(1, 2)

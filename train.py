@@ -119,6 +119,14 @@ def norm(x):
     return F.rms_norm(x, (x.size(-1),))
 
 
+def drop(x, p, training):
+    """
+    Dropout of whole positions of x (B, T, channels): embeddings memorize a text that they see for
+    many epochs (arXiv 1512.05287 drops words for the same reason).
+    """
+    return F.dropout1d(x, p, training)
+
+
 def rotary_tables(length, head_dim, base):
     """cos and sin of position x base^(-2i / head_dim), (length, 1, head_dim / 2): RoFormer."""
     frequencies = base ** (-torch.arange(0, head_dim, 2) / head_dim)
@@ -169,7 +177,7 @@ class Attention(nn.Module):
     def __init__(self, h, attend, window, gated):
         super().__init__()
         self.attend, self.window = attend, window
-        self.head_dim, self.scale = h.head_dim, h.qk_scale
+        self.head_dim, self.scale, self.value_dropout = h.head_dim, h.qk_scale, h.value_dropout
         self.q = Linear(h.width, h.width)
         self.k = Linear(h.width, h.width)
         self.v = Linear(h.width, h.width)
@@ -178,9 +186,16 @@ class Attention(nn.Module):
             self.gate = Linear(GATE_INPUT, h.width // h.head_dim)
 
     def forward(self, x, value_embed, cos, sin):
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q, self.k, self.v))
+        weights = [self.q.weight, self.k.weight, self.v.weight]
+        if value_embed is not None:     # rows in multiples of 8: else a GPU's matmul is slow
+            heads = len(self.gate.weight)
+            weights.append(F.pad(self.gate.weight, (0, x.size(-1) - GATE_INPUT, 0, -heads % 8)))
+        # One matmul: the gradient of x is one tensor, which a CPU need not add up from four.
+        parts = F.linear(x, torch.cat(weights).to(x.dtype)).split([len(w) for w in weights], -1)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts[:3])
         if value_embed is not None:
-            gate = 2 * torch.sigmoid(self.gate(x[..., :GATE_INPUT]))    # (B, T, heads)
+            gate = 2 * torch.sigmoid(parts[3][..., :heads])             # (B, T, heads)
+            gate = drop(gate, self.value_dropout, self.training)
             v = v + gate[..., None] * value_embed.to(x.dtype).view_as(v)
         q = norm(rotate(q, cos, sin)) * self.scale
         k = norm(rotate(k, cos, sin)) * self.scale
@@ -224,8 +239,11 @@ def softcap(z, cap):
 
 
 def chunk_loss(x, weight, targets, cap):
-    """Cross entropy in nats, summed over targets (N,) that are not -1. x: (N, width)."""
-    logits = softcap(F.linear(x, weight.to(x.dtype)).float(), cap)
+    """
+    Cross entropy in nats, summed over targets (N,) that are not -1. x: the residual stream after
+    the last block, (N, width).
+    """
+    logits = softcap(F.linear(norm(x), weight.to(x.dtype)).float(), cap)
     tokens = torch.arange(len(weight), dtype=torch.int32, device=x.device)
     is_target = targets.int()[:, None] == tokens            # unlike gather(), fused with the rest
     target_logits = logits.where(is_target, 0).sum(-1)
@@ -235,12 +253,10 @@ def chunk_loss(x, weight, targets, cap):
 
 def look_up(table, ids, dtype):
     """
-    Rows of an nn.Embedding, in dtype. On a GPU the table is cast first, not the rows: a fraction of
-    the bytes, and the table's gradient is summed in dtype as well.
+    Rows of an nn.Embedding. On a GPU the table is cast to dtype first: a fraction of the bytes, and
+    its gradient is summed in dtype as well. Elsewhere the caller casts the rows.
     """
-    if ids.is_cuda:
-        return F.embedding(ids, table.weight.to(dtype))
-    return table(ids).to(dtype)
+    return F.embedding(ids, table.weight.to(dtype)) if ids.is_cuda else table(ids)
 
 
 # Sums loss and gradients over chunks of N, so that a batch's logits are never materialized.
@@ -299,7 +315,7 @@ class GPT(nn.Module):
         """
         x = self.hidden(ids)
         if targets is None:
-            logits = softcap(self.unembed(x).float(), self.h.softcap)
+            logits = softcap(self.unembed(norm(x)).float(), self.h.softcap)
             if self.ngrams is not None and self.ngrams.counted:
                 logits.lerp_(self.ngrams(ids), self.h.ngram_share)
             return logits
@@ -309,25 +325,18 @@ class GPT(nn.Module):
 
     @machine.compiled_on("cuda")        # one graph: all blocks, and the look-ups
     def hidden(self, ids):
-        """The residual stream after the last block, normed: (B, T, width)."""
+        """The residual stream after the last block: (B, T, width)."""
         h = self.h
-        x0 = self.drop(norm(look_up(self.embed, ids, self.dtype)), h.embed_dropout)
+        x0 = norm(look_up(self.embed, ids, self.dtype)).to(self.dtype)
+        x0 = drop(x0, h.embed_dropout, self.training)
         x = x0.clone()      # aliased inputs would have block 0 compiled separately
         cos, sin = self.cos[:ids.size(1)], self.sin[:ids.size(1)]
         for i, block in enumerate(self.blocks):
             value_embed = None
             if str(i) in self.value_embed:
                 value_embed = look_up(self.value_embed[str(i)], ids, self.dtype)
-                value_embed = self.drop(value_embed, h.value_dropout)
             x = block(x, x0, value_embed, cos, sin)
-        return norm(x)
-
-    def drop(self, x, p):
-        """
-        Dropout of whole positions of x (B, T, width): embeddings memorize a text that they see
-        for many epochs (arXiv 1512.05287 drops words for the same reason).
-        """
-        return F.dropout1d(x, p, self.training)
+        return x
 
     def flops_per_token(self, context):
         """
