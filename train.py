@@ -45,6 +45,9 @@ BASE = dict(
     value_dropout=0.0,          # the same, value embedding
     ngram_order=0,              # tokens of the longest n-grams counted for evaluation; 0: none
     ngram_share=0.0,            # of their log probabilities in the logits of evaluation
+    ngram_trust=(-1, 1.2, -0.5),        # when a linear mixture prefers them: NGrams.mix
+    repeat_share=0.0,           # of what a token gains in evaluation if its row has had it
+    repeat_prior=600,           # tokens of the text that weigh as much as the row
     # Batch
     device_batch_size=32,       # rows of a micro-batch; warmup halves it on out of memory
     grad_accum_steps=1,         # micro-batches per optimizer step
@@ -101,7 +104,8 @@ RECIPES = {
         embed_dropout=0.05,
         value_dropout=0.1,
         ngram_order=6,
-        ngram_share=0.3,
+        ngram_share=0.2,
+        repeat_share=0.45,
         device_batch_size=16,
         embedding_lr=0.15,
         embedding_decay=0.01,
@@ -313,14 +317,15 @@ class GPT(nn.Module):
         Logits (B, T, vocab_size) in float32 for token ids (B, T): evaluation takes these. With
         targets (B, T), in training, their mean loss in nats, ignoring -1.
         """
-        x = self.hidden(ids)
+        h, x = self.h, self.hidden(ids)
         if targets is None:
-            logits = softcap(self.unembed(norm(x)).float(), self.h.softcap)
+            logits = softcap(self.unembed(norm(x)).float(), h.softcap)
             if self.ngrams is not None and self.ngrams.counted:
-                logits.lerp_(self.ngrams(ids), self.h.ngram_share)
+                logits = self.ngrams.mix(logits, ids, h.ngram_share, h.ngram_trust)
+                self.ngrams.raise_repeated(logits, ids, h.repeat_share, h.repeat_prior)
             return logits
         targets = targets.flatten()
-        loss = summed_loss(x.flatten(0, 1), self.unembed.weight, targets, self.h.softcap)
+        loss = summed_loss(x.flatten(0, 1), self.unembed.weight, targets, h.softcap)
         return loss / (targets >= 0).sum()
 
     @machine.compiled_on("cuda")        # one graph: all blocks, and the look-ups

@@ -1,5 +1,6 @@
 """The n-gram model against Kneser-Ney by the book, counted in dictionaries."""
 
+import math
 from collections import Counter
 
 import pytest
@@ -65,6 +66,35 @@ def test_it_is_interpolated_kneser_ney(counted):
                 for row in ids.tolist()]
     torch.testing.assert_close(probabilities, torch.tensor(expected), atol=1e-6, rtol=0)
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(4, 12))
+
+
+def test_the_mixture_trusts_the_surer_one(counted):
+    ngrams, x, _ = counted
+    logits = torch.randn(*x.shape, VOCAB)
+    mixed = ngrams.mix(logits.clone(), x, 0.3, (-0.4, 1.5, -0.7)).exp()
+    for b, t in ((0, 0), (2, 7), (4, 29)):
+        net = [math.exp(z) for z in logits[b, t].tolist()]
+        net = [value / sum(net) for value in net]
+        theirs = ngrams(x)[b, t].exp().tolist()
+        both = [n ** 0.7 * q ** 0.3 for n, q in zip(net, theirs)]
+        weight = 1 / (1 + math.exp(0.4 - 1.5 * math.log(max(theirs)) + 0.7 * math.log(max(net))))
+        expected = [(1 - weight) * p / sum(both) + weight * q for p, q in zip(both, theirs)]
+        assert mixed[b, t].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_token_gains_with_each_time_its_row_has_had_it(counted):
+    ngrams, x, y = counted
+    logits = torch.zeros(*x.shape, VOCAB)
+    ngrams.raise_repeated(logits, x, 0.5, 20)
+    words = Counter(y[y >= 0].tolist())
+    for b, row in enumerate(x.tolist()):
+        for t in range(len(row)):
+            for w in range(VOCAB):
+                frequency = (words[w] + 1) / (sum(words.values()) + VOCAB)
+                # what the row begins with is BOS in a text, and counts for nothing
+                n = row[:t + 1].count(w) if w != row[0] else 0
+                gain = 0.5 * math.log(1 + n / (20 * frequency))
+                assert logits[b, t, w].item() == pytest.approx(gain, abs=1e-5)
 
 
 def test_it_survives_being_saved(counted):

@@ -338,7 +338,8 @@ def labels_and_points(names):
     return labels, points
 
 
-@pytest.mark.parametrize("night,named", [("nov24", 2), ("nov25", 0), ("nov28", 2), (None, 13)])
+@pytest.mark.parametrize("night,named", [
+    ("nov24", 2), ("nov25", 0), ("nov28", 2), ("nov29", 8), (None, 13)])
 def test_labels_cover_no_point_and_no_other_label(night, named, execute, names, tmp_path):
     if night:
         for name in ("results.tsv", "journal.jsonl"):
