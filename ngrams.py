@@ -138,8 +138,8 @@ class NGrams(nn.Module):
         above all (fast marginal adaptation: Kneser, Peters and Klakow 1997).
         """
         same = ids[:, :, None] == ids[:, None]              # (B, T, T)
-        is_first = ~same.tril(-1).any(-1)               # one place of a row for each token
-        is_first[:, 0] = False                          # BOS is no word
+        is_first = ~same.tril(-1).any(-1)                   # one place of a row for each token
+        is_first[:, 0] = False                              # BOS is no word
         n = same.float().cumsum_(1) * is_first[:, None]     # [b, t, s]: of the token at s, up to t
         bonus = n.div_(prior * self.frequency[ids][:, None]).log1p_().mul_(share)
         logits.scatter_add_(2, ids[:, None].expand_as(bonus), bonus)
