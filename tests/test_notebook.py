@@ -339,7 +339,7 @@ def labels_and_points(names):
 
 
 @pytest.mark.parametrize("night,named", [
-    ("nov24", 2), ("nov25", 0), ("nov28", 2), ("nov29", 8), (None, 13)])
+    ("nov24", 2), ("nov25", 0), ("nov28", 2), ("nov29", 10), (None, 13)])
 def test_labels_cover_no_point_and_no_other_label(night, named, execute, names, tmp_path):
     if night:
         for name in ("results.tsv", "journal.jsonl"):
