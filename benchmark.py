@@ -163,7 +163,8 @@ def grid(h, device, float32):
                   vocab_size=(1024, 2048, 4096, 8192))
     for name, values in shapes.items():
         for value in values:
-            changed = argparse.Namespace(**vars(h) | {"context": 256} | {name: value})
+            changed = argparse.Namespace(**vars(h) | {"context": 256, name: value})
+            changed.matrix_unit_width = 0               # or it would replace the width
             changed.device_batch_size = 4096 // changed.context
             with redirect_stdout(None):                 # the attention is the same each time
                 tokens, flops = Step(changed, changed.context, device).speed()

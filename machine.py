@@ -221,6 +221,11 @@ def compute_dtype(device):
     return half if faster else torch.float32
 
 
+def has_matrix_unit(device):
+    """Whether matmuls have hardware of their own: AMX, a GPU. There a wide model costs little."""
+    return device.type != "cpu" or torch.cpu.get_capabilities().get("amx_bf16", False)
+
+
 # Dense bfloat16 FLOP/s with float32 accumulation, from the makers' data sheets. Keys: parts of
 # names. An MI250X is two devices for torch.
 PEAK_FLOPS = {

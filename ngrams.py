@@ -16,10 +16,12 @@ class NGrams(nn.Module):
     """
     What followed the last tokens in the text so far: interpolated Kneser-Ney with one discount per
     order (Chen and Goodman 1999). A context is known by a hash, which makes an n-gram one integer
-    and counting a sort. Bigrams are in a dense vocabulary x vocabulary table, the rest in lists.
+    and counting a sort. For evaluation the bigrams become a dense vocabulary x vocabulary table.
 
     order: tokens of the longest n-grams, at least 3. Exits if the table would get too large.
     """
+
+    bigrams = None      # the table, no part of the state: copies of a model make their own
 
     def __init__(self, order, vocab_size):
         super().__init__()
@@ -35,7 +37,7 @@ class NGrams(nn.Module):
 
     @property
     def counted(self):
-        return hasattr(self, "bigrams")
+        return hasattr(self, "unigrams")
 
     def watch(self, x, y, epoch, progress):
         """Keep the batches of the first epoch, or of 90% of a shorter run, and then count them."""
@@ -60,7 +62,7 @@ class NGrams(nn.Module):
     @torch.no_grad()
     def count(self, x, y):
         """Count the n-grams up to each token of y (B, T), x shifted by one; -1 in y is no token."""
-        before, words = x.flatten(), y.flatten()
+        words = y.flatten()
         places, tables = (words >= 0).nonzero()[:, 0], []
         for n in range(self.order, 0, -1):
             contexts = self.hash(x, n - 1)
@@ -77,20 +79,14 @@ class NGrams(nn.Module):
             total = torch.zeros_like(kinds).index_add_(0, context_of, count)
             share = (count - discount) / total[context_of]
             backoff = discount * kinds / total      # the share of what a shorter context says
-            if n > 2:
-                tables.append((contexts, kinds, backoff, words[places], share))
-            elif n == 2:
-                pairs, pair_share = (before[places], words[places]), share
-                pair_backoff = share.new_ones(self.vocab_size)
-                pair_backoff[before[places]] = backoff[context_of]
-            else:
-                unigrams = (backoff / self.vocab_size).repeat(self.vocab_size)
-                unigrams[words[places]] += share
-        bigrams = torch.outer(pair_backoff, unigrams).index_put_(pairs, pair_share, accumulate=True)
+            tables.append((contexts, kinds, backoff, words[places], share))
+        _, _, backoff, word, share = tables.pop()
+        unigrams = (backoff / self.vocab_size).repeat(self.vocab_size)
+        unigrams[word] += share
         contexts, kinds, backoff, words, share = (torch.cat(parts) for parts in zip(*tables))
         contexts, by_context = contexts.sort()
         # A context's words are the `kinds` entries of words and share before its end.
-        tables = dict(bigrams=bigrams, contexts=contexts, kinds=kinds[by_context].int(),
+        tables = dict(unigrams=unigrams, contexts=contexts, kinds=kinds[by_context].int(),
                       ends=kinds.cumsum(0)[by_context].int(), backoff=backoff[by_context],
                       words=words.int(), share=share)
         frequency = torch.bincount(y[y >= 0], minlength=self.vocab_size) + 1.0
@@ -99,9 +95,23 @@ class NGrams(nn.Module):
             self.register_buffer(name, tensor)
 
     def forward(self, ids):
-        """Log probabilities (B, T, vocab_size) of the token after each place of ids (B, T)."""
-        left, found = self.bigrams.new_ones(ids.numel()), []
-        for n in range(self.order, 2, -1):
+        """Probabilities (B, T, vocab_size) of the token after each place of ids (B, T)."""
+        if self.bigrams is None:
+            every = torch.arange(self.vocab_size, device=ids.device)[:, None]
+            self.bigrams = self.unigrams.repeat(self.vocab_size, 1)
+            self.interpolate(self.bigrams, every, [2])
+        # Indexing the table would take four times as long on a CPU.
+        p = F.embedding(ids.flatten(), self.bigrams)
+        self.interpolate(p, ids, range(self.order, 2, -1))
+        return p.view(*ids.shape, -1)
+
+    def interpolate(self, p, ids, orders):
+        """
+        From p (B x T, vocab_size), what shorter contexts say of the token after each place of ids
+        (B, T), to what contexts of these orders say, the longest first; in place.
+        """
+        left, found = p.new_ones(len(p)), []
+        for n in orders:
             hashes = self.hash(ids, n - 1)
             i = torch.searchsorted(self.contexts, hashes).clamp_(max=len(self.contexts) - 1)
             places = (self.contexts[i] == hashes).nonzero()[:, 0]
@@ -112,11 +122,9 @@ class NGrams(nn.Module):
             at = (places * self.vocab_size).repeat_interleave(kinds) + self.words[entries]
             found.append((at, self.share[entries] * left[places].repeat_interleave(kinds)))
             left[places] *= self.backoff[i]
-        # Indexing the table would take four times as long on a CPU.
-        p = F.embedding(ids.flatten(), self.bigrams).mul_(left[:, None])
+        p.mul_(left[:, None])
         for at, share in found:
             p.view(-1).index_add_(0, at, share)
-        return p.log_().view(*ids.shape, -1)
 
     def mix(self, logits, ids, share, trust):
         """
@@ -127,9 +135,9 @@ class NGrams(nn.Module):
         """
         a, b, c = trust
         net, ngrams = logits.log_softmax(-1), self(ids)
-        weight = (a + b * ngrams.amax(-1, True) + c * net.amax(-1, True)).sigmoid()
-        p = net.lerp_(ngrams, share).softmax(-1)
-        return p.lerp_(ngrams.exp_(), weight).log_()
+        weight = (a + b * ngrams.amax(-1, True).log() + c * net.amax(-1, True)).sigmoid()
+        p = net.lerp_(ngrams.log(), share).softmax(-1)
+        return p.lerp_(ngrams, weight).log_()
 
     def raise_repeated(self, logits, ids, share, prior):
         """
@@ -147,6 +155,7 @@ class NGrams(nn.Module):
 
 def make_room(ngrams, state, prefix, *_):
     """Before load_state_dict: counting decides how large the tables are."""
+    ngrams.bigrams = None
     for name, tensor in state.items():
         if name.startswith(prefix):
             room = torch.empty_like(tensor, device=ngrams.multipliers.device)

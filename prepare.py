@@ -225,7 +225,7 @@ DATASET_FIELDS = {field.name: field.type for field in fields(Dataset)}
 DATASETS = {dataset.name: dataset for dataset in (
     Dataset("climbmix", 2048, 8192, "climbmix", TEXTS.format("climbmix-400b-shuffle")),
     Dataset("tinystories", 512, 4096, "tinystories", TEXTS.format("tinystories-gpt4-clean")),
-    Dataset("sotu", 256, 4096, "sotu"),
+    Dataset("sotu", 256, 8192, "sotu"),
 )}
 
 

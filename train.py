@@ -32,6 +32,7 @@ BASE = dict(
     vocab_size=None,            # of a tokenizer that prepare.py has made; None: the dataset's own
     depth=4,                    # blocks
     width=256,                  # of the residual stream
+    matrix_unit_width=0,        # the same, where matmuls have a unit of their own; 0: no other
     head_dim=64,                # of each attention head
     window_pattern="L",         # Short and Long attention layers, repeated; the last one is long
     short_window=256,           # tokens a short layer sees; all, if no kernel here gains by windows
@@ -39,6 +40,7 @@ BASE = dict(
     qk_scale=1.1,               # multiplies queries and keys after RMS norm
     softcap=15,                 # logits stay within +-this, at most 75; 0: below 75, no more
     value_embed_every=2,        # value embeddings in every nth block, counted from the last
+    candidates=0,               # tokens in the softmax of a training batch; 0: all
     # For a small text
     short_conv=0,               # previous tokens in a causal depthwise convolution
     embed_dropout=0.0,          # probability of zeroing a position's token embedding
@@ -97,10 +99,12 @@ RECIPES = {
     "sotu": recipe(
         depth=3,
         width=128,
+        matrix_unit_width=192,  # with AMX 128 would see the text four times, and memorize it
         qk_scale=1.2,
         value_embed_every=1,
         short_conv=3,
         softcap=0,              # a pass over the logits less: 5% more steps
+        candidates=2304,        # a batch has some 1,500 different targets
         embed_dropout=0.05,
         value_dropout=0.1,
         ngram_order=6,
@@ -242,12 +246,12 @@ def softcap(z, cap):
     return z * torch.rsqrt(1 + (z * (1 / cap)).square())
 
 
-def chunk_loss(x, weight, targets, cap):
+def chunk_loss(x, weight, targets, stands_for, cap):
     """
     Cross entropy in nats, summed over targets (N,) that are not -1. x: the residual stream after
-    the last block, (N, width).
+    the last block, (N, width). stands_for: the log of how many tokens each row of weight is for.
     """
-    logits = softcap(F.linear(norm(x), weight.to(x.dtype)).float(), cap)
+    logits = softcap(F.linear(norm(x), weight.to(x.dtype)).float(), cap) + stands_for
     tokens = torch.arange(len(weight), dtype=torch.int32, device=x.device)
     is_target = targets.int()[:, None] == tokens            # unlike gather(), fused with the rest
     target_logits = logits.where(is_target, 0).sum(-1)
@@ -261,6 +265,25 @@ def look_up(table, ids, dtype):
     its gradient is summed in dtype as well. Elsewhere the caller casts the rows.
     """
     return F.embedding(ids, table.weight.to(dtype)) if ids.is_cuda else table(ids)
+
+
+def sample(weight, targets, frequency, size):
+    """
+    A part of the output head, `size` rows of weight (vocab_size, width): those of all targets (N,)
+    and of other tokens by chance, frequent ones likelier. Returns these rows, the targets as places
+    among them, and of each the log of how many tokens it stands for: with it the sum of the softmax
+    is right on average (priority sampling, arXiv cs/0509026).
+    """
+    wanted = torch.zeros(len(weight) + 1, device=weight.device)
+    wanted[targets] = math.inf                              # the last one takes -1
+    wanted = wanted[:-1]
+    priority = wanted + frequency / torch.rand_like(wanted).clamp(min=1e-6)
+    priority, rows = priority.topk(size + 1)
+    rows, threshold = rows[:-1], priority[-1]
+    stands_for = (threshold / frequency[rows]).log().clamp(min=0) * (wanted[rows] == 0)
+    place = torch.full_like(frequency, -1, dtype=torch.long)
+    place[rows] = torch.arange(size, device=weight.device)
+    return F.embedding(rows, weight), torch.where(targets < 0, -1, place[targets]), stands_for
 
 
 # Sums loss and gradients over chunks of N, so that a batch's logits are never materialized.
@@ -289,6 +312,7 @@ class GPT(nn.Module):
                 self.value_embed[str(i)] = nn.Embedding(h.vocab_size, h.width)
             self.blocks.append(Block(h, attend, window, gated))
         self.unembed = Linear(h.width, h.vocab_size)
+        self.register_buffer("seen", torch.ones(h.vocab_size))      # how often a target, plus 1
         cos, sin = rotary_tables(context, h.head_dim, h.rotary_base)
         self.register_buffer("cos", cos.to(dtype), persistent=False)
         self.register_buffer("sin", sin.to(dtype), persistent=False)
@@ -325,7 +349,11 @@ class GPT(nn.Module):
                 self.ngrams.raise_repeated(logits, ids, h.repeat_share, h.repeat_prior)
             return logits
         targets = targets.flatten()
-        loss = summed_loss(x.flatten(0, 1), self.unembed.weight, targets, h.softcap)
+        weight, stands_for = self.unembed.weight, torch.zeros_like(self.seen)
+        if 0 < h.candidates < h.vocab_size:
+            self.seen += torch.bincount(targets[targets >= 0], minlength=h.vocab_size)
+            weight, targets, stands_for = sample(weight, targets, self.seen, h.candidates)
+        loss = summed_loss(x.flatten(0, 1), weight, targets, stands_for, h.softcap)
         return loss / (targets >= 0).sum()
 
     @machine.compiled_on("cuda")        # one graph: all blocks, and the look-ups
@@ -348,7 +376,7 @@ class GPT(nn.Module):
         Training FLOPs: 6 per weight and 12 x width per key that attention sees, on average over
         positions (PaLM, arXiv 2204.02311, appendix B); embedding lookups cost none.
         """
-        weights = [*self.blocks.parameters(), self.unembed.weight]
+        weights = [*self.blocks.parameters(), self.unembed.weight[:self.h.candidates or None]]
         flops = 6 * sum(p.numel() for p in weights if p.dim() == 2)
         for block in self.blocks:
             keys = sum(min(t + 1, block.attention.window) for t in range(context)) / context
@@ -507,6 +535,8 @@ def set_schedule(optimizer, h, step, progress):
 
 def build(h, context, device):
     """The model, initialized, and its optimizer."""
+    if h.matrix_unit_width and machine.has_matrix_unit(device):
+        h.width = h.matrix_unit_width
     dtype = machine.compute_dtype(device)
     attend, windowed = machine.choose_attention(device, dtype)
     model = GPT(h, context, dtype, attend, windowed).to(device)

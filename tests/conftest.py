@@ -28,8 +28,8 @@ torch.compiler.set_stance("force_eager")        # in this process; child process
 
 
 def prepare_sotu(folder, *arguments):
-    """Prepare sotu at two vocabularies. The first one, 4096, is train.py's."""
-    for size in (4096, 512):
+    """Prepare sotu at two vocabularies. The first one, 8192, is train.py's."""
+    for size in (8192, 512):
         result = program("prepare.py", "--dataset", "sotu", "--vocab-size", size, *arguments,
                          AUTORESEARCH_CACHE_DIR=folder)
         assert result.returncode == 0, result.stdout

