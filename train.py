@@ -272,7 +272,7 @@ def sample(weight, targets, frequency, size):
     A part of the output head, `size` rows of weight (vocab_size, width): those of all targets (N,)
     and of other tokens by chance, frequent ones likelier. Returns these rows, the targets as places
     among them, and of each the log of how many tokens it stands for: with it the sum of the softmax
-    is right on average (priority sampling, arXiv cs/0509026).
+    is right on average (priority sampling, arXiv cs/0509026). Targets that find no room become -1.
     """
     wanted = torch.zeros(len(weight) + 1, device=weight.device)
     wanted[targets] = math.inf                              # the last one takes -1
@@ -280,7 +280,7 @@ def sample(weight, targets, frequency, size):
     priority = wanted + frequency / torch.rand_like(wanted).clamp(min=1e-6)
     priority, rows = priority.topk(size + 1)
     rows, threshold = rows[:-1], priority[-1]
-    stands_for = (threshold / frequency[rows]).log().clamp(min=0) * (wanted[rows] == 0)
+    stands_for = (threshold / frequency[rows]).log().clamp(min=0).masked_fill(wanted[rows] > 0, 0)
     place = torch.full_like(frequency, -1, dtype=torch.long)
     place[rows] = torch.arange(size, device=weight.device)
     return F.embedding(rows, weight), torch.where(targets < 0, -1, place[targets]), stands_for

@@ -180,6 +180,14 @@ def test_a_sampled_head_keeps_the_targets_and_is_right_on_average():
     assert sums.std() > 0.1 * expected
 
 
+def test_a_sampled_head_leaves_out_targets_that_find_no_room():
+    weight, targets = torch.randn(60, 8), torch.arange(20)
+    rows, places, stands_for = train.sample(weight, targets, torch.ones(60), 12)
+    scored = places >= 0
+    assert scored.sum() == 12 and (rows[places[scored]] == weight[targets[scored]]).all()
+    assert (stands_for == 0).all()
+
+
 def test_training_with_candidates_is_close_to_training_with_all_tokens():
     losses = []
     for candidates in (0, 40):
