@@ -131,12 +131,12 @@ class NGrams(nn.Module):
         Log probabilities (B, T, vocab_size) of a network, which has these logits after ids (B, T),
         and of the n-grams: first `share` of the n-grams' in the network's, then a linear mixture of
         that and the n-grams, whose weight is sigmoid(a + b log p + c log q): p and q are the
-        largest probabilities of n-grams and network, a, b, c = trust.
+        largest probabilities of the n-grams and of that, a, b, c = trust. Overwrites logits.
         """
         a, b, c = trust
-        net, ngrams = logits.log_softmax(-1), self(ids)
-        weight = (a + b * ngrams.amax(-1, True).log() + c * net.amax(-1, True)).sigmoid()
-        p = net.lerp_(ngrams.log(), share).softmax(-1)
+        ngrams = self(ids)
+        p = logits.lerp_(ngrams.log(), share).softmax(-1)
+        weight = (a + b * ngrams.amax(-1, True).log() + c * p.amax(-1, True).log()).sigmoid()
         return p.lerp_(ngrams, weight).log_()
 
     def raise_repeated(self, logits, ids, share, prior):

@@ -47,7 +47,7 @@ BASE = dict(
     value_dropout=0.0,          # the same, value embedding
     ngram_order=0,              # tokens of the longest n-grams counted for evaluation; 0: none
     ngram_share=0.0,            # of their log probabilities in the logits of evaluation
-    ngram_trust=(-1, 1.2, -0.5),        # when a linear mixture prefers them: NGrams.mix
+    ngram_trust=(-0.7, 1.2, -0.4),      # when a linear mixture prefers them: NGrams.mix
     repeat_share=0.0,           # of what a token gains in evaluation if its row has had it
     repeat_prior=600,           # tokens of the text that weigh as much as the row
     # Batch

@@ -25,6 +25,7 @@ import traceback
 from pathlib import Path
 
 import decide
+import machine
 import prepare
 import referee
 import seal
@@ -253,6 +254,7 @@ def run_copy():
     channel = referee.Channel(0, os.dup(1))
     # what the model prints does not go to the referee
     os.dup2(2, 1)
+    machine.keep_freed_memory()
     device = prepare.default_device()
     # a GPU's libraries are loaded now
     torch.zeros(8, 8, device=device).mm(torch.zeros(8, 8, device=device))

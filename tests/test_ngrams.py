@@ -77,8 +77,9 @@ def test_the_mixture_trusts_the_surer_one(counted):
         net = [value / sum(net) for value in net]
         theirs = ngrams(x)[b, t].tolist()
         both = [n ** 0.7 * q ** 0.3 for n, q in zip(net, theirs)]
-        weight = 1 / (1 + math.exp(0.4 - 1.5 * math.log(max(theirs)) + 0.7 * math.log(max(net))))
-        expected = [(1 - weight) * p / sum(both) + weight * q for p, q in zip(both, theirs)]
+        both = [value / sum(both) for value in both]
+        weight = 1 / (1 + math.exp(0.4 - 1.5 * math.log(max(theirs)) + 0.7 * math.log(max(both))))
+        expected = [(1 - weight) * p + weight * q for p, q in zip(both, theirs)]
         assert mixed[b, t].tolist() == pytest.approx(expected, abs=1e-6)
 
 
