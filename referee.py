@@ -1376,9 +1376,11 @@ class Referee:
         for views in batches:
             ids, _ = exam.view(views)
             tokens += ids.size
-        # A forward pass takes less than training on as many tokens took, and 2% of the budget at
-        # most. The other 2% are those that training may overrun.
-        forward = min(tokens / self.tokens, OVERRUN) * self.budget
+        # A forward pass may take twice what training on as many tokens took: evaluation has the
+        # whole vocabulary in its softmax, and n-grams. It takes 2% of the budget at most, or
+        # COPY_TIME where that is more. The other 2% are those that training may overrun.
+        most = max(OVERRUN * self.budget, COPY_TIME)
+        forward = min(2 * tokens / self.tokens * self.budget, most)
         allowed = COPY_TIME + OVERRUN * self.budget + forward
         if seconds > allowed:
             sys.exit(f"FAIL: a copy of the model took {seconds:.1f} s for its part of the text, "
