@@ -164,7 +164,6 @@ def grid(h, device, float32):
     for name, values in shapes.items():
         for value in values:
             changed = argparse.Namespace(**vars(h) | {"context": 256, name: value})
-            changed.matrix_unit_width = 0               # or it would replace the width
             changed.device_batch_size = 4096 // changed.context
             with redirect_stdout(None):                 # the attention is the same each time
                 tokens, flops = Step(changed, changed.context, device).speed()

@@ -1,7 +1,8 @@
 """
 What this machine can do: device, precision, attention kernel, compiler, memory.
 
-Nobody edits it during research, since none of it decides what a model learns, only how fast.
+Nobody edits it during research. It decides how fast a model learns and, by precision, windows of
+the attention kernel, and has_matrix_unit, also which model: compare runs of one machine only.
 """
 
 import ctypes
@@ -9,6 +10,7 @@ import functools
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -248,7 +250,7 @@ def peak_flops(device, dtype):
     """FLOP/s of the device's matmuls: from the table, else (a CPU, a laptop's GPU) measured."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
-        known = [part for part in PEAK_FLOPS if part in name]
+        known = [part for part in PEAK_FLOPS if re.search(rf"{part}\b", name)]     # not A1000
         if known and "Laptop" not in name:
             return PEAK_FLOPS[max(known, key=len)]
     return measured_peak(device, dtype)

@@ -73,7 +73,7 @@ class NGrams(nn.Module):
             contexts, context_of, kinds = contexts[places].unique_consecutive(
                 return_inverse=True, return_counts=True)
             once, twice = (count == 1).sum(), (count == 2).sum()
-            # n1 / (n1 + 2 n2), with one more of each so that it stays above 0, and with it the
+            # n1 / (n1 + 2 n2), with 1 and 2 added so that it stays above 0, and with it the
             # probability of a word that was not seen.
             discount = (once + 1) / (once + 2 * twice + 2)
             total = torch.zeros_like(kinds).index_add_(0, context_of, count)
@@ -128,16 +128,16 @@ class NGrams(nn.Module):
 
     def mix(self, logits, ids, share, trust):
         """
-        Log probabilities (B, T, vocab_size) of a network, which has these logits after ids (B, T),
-        and of the n-grams: first `share` of the n-grams' in the network's, then a linear mixture of
-        that and the n-grams, whose weight is sigmoid(a + b log p + c log q): p and q are the
-        largest probabilities of the n-grams and of that, a, b, c = trust. Overwrites logits.
+        Log probabilities (B, T, vocab_size) of the token after each place of ids (B, T), mixed from
+        the n-grams' q and a network with these logits. First a share of log q goes into the logits,
+        which gives p; then p and q are mixed linearly, and q weighs sigmoid(a + b log max q +
+        c log max p), where a, b, c = trust. Overwrites logits.
         """
         a, b, c = trust
-        ngrams = self(ids)
-        p = logits.lerp_(ngrams.log(), share).softmax(-1)
-        weight = (a + b * ngrams.amax(-1, True).log() + c * p.amax(-1, True).log()).sigmoid()
-        return p.lerp_(ngrams, weight).log_()
+        q = self(ids)
+        p = logits.lerp_(q.log(), share).softmax(-1)
+        weight = (a + b * q.amax(-1, True).log() + c * p.amax(-1, True).log()).sigmoid()
+        return p.lerp_(q, weight).log_()
 
     def raise_repeated(self, logits, ids, share, prior):
         """

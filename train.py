@@ -32,14 +32,13 @@ BASE = dict(
     vocab_size=None,            # of a tokenizer that prepare.py has made; None: the dataset's own
     depth=4,                    # blocks
     width=256,                  # of the residual stream
-    matrix_unit_width=0,        # the same, where matmuls have a unit of their own; 0: no other
     head_dim=64,                # of each attention head
     window_pattern="L",         # Short and Long attention layers, repeated; the last one is long
     short_window=256,           # tokens a short layer sees; all, if no kernel here gains by windows
-    rotary_base=1e4,            # wavelengths from 2 pi to 2 pi x this, in tokens
+    rotary_base=1e4,            # wavelengths from 2 pi to almost 2 pi x this, in tokens
     qk_scale=1.1,               # multiplies queries and keys after RMS norm
-    softcap=15,                 # logits stay within +-this, at most 75; 0: below 75, no more
-    value_embed_every=2,        # value embeddings in every nth block, counted from the last
+    softcap=15,                 # logits stay within +-this, at most 75; 0: no bound but 75 above
+    value_embed_every=2,        # value embeddings in every nth block, from the last; 0: in none
     candidates=0,               # tokens in the softmax of a training batch; 0: all
     # For a small text
     short_conv=0,               # previous tokens in a causal depthwise convolution
@@ -47,9 +46,9 @@ BASE = dict(
     value_dropout=0.0,          # the same, value embedding
     ngram_order=0,              # tokens of the longest n-grams counted for evaluation; 0: none
     ngram_share=0.0,            # of their log probabilities in the logits of evaluation
-    ngram_trust=(-0.7, 1.2, -0.4),      # when a linear mixture prefers them: NGrams.mix
-    repeat_share=0.0,           # of what a token gains in evaluation if its row has had it
-    repeat_prior=600,           # tokens of the text that weigh as much as the row
+    ngram_trust=(-0.7, 1.2, -0.4),      # what the linear mixture after that goes by: NGrams.mix
+    repeat_share=0.0,           # how far a token that its row has had is raised, with n-grams on
+    repeat_prior=600,           # tokens of average text that the row is taken to follow
     # Batch
     device_batch_size=32,       # rows of a micro-batch; warmup halves it on out of memory
     grad_accum_steps=1,         # micro-batches per optimizer step
@@ -85,21 +84,21 @@ RECIPES = {
         head_dim=128,           # H100; on the B200 64 was worse
         window_pattern="SSSSL", # H100
         rotary_base=2e5,        # H100
-        softcap=13,             # B200: 11, 14 and 15 were worse
+        softcap=13,             # B200, of a tanh, which bends later: 11, 14 and 15 were worse
         device_batch_size=64,   # B200: 2^17 tokens a step; 2^15 and 2^18 were worse
-        embedding_lr=1.2,       # B200
+        embedding_lr=1.2,       # B200, of token embeddings; its value embeddings had 0.3
         matrix_lr=0.025,        # B200, at 2^17 tokens; H100: 0.04 at 2^18
         matrix_decay=0.1525,    # B200
         warmdown=0.75,          # H100; B200: 0.7
-        final_lr=0.02,          # B200: 0.0006 better than 0.005
+        final_lr=0.02,          # B200, after a decay by square root: 0.0006 better than 0.005
     ),
     # Starts from published runs on small GPUs and Macs; not run here
     "tinystories": recipe(),
     # Measured on two CPU cores: dev/log.md
     "sotu": recipe(
         depth=3,
-        width=128,
-        matrix_unit_width=192,  # with AMX 128 would see the text four times, and memorize it
+        # With AMX, say, 128 would see the text four times, and memorize it.
+        width=192 if machine.has_matrix_unit(machine.default_device()) else 128,
         qk_scale=1.2,
         value_embed_every=1,
         short_conv=3,
@@ -125,14 +124,6 @@ RECIPES = {
 
 def norm(x):
     return F.rms_norm(x, (x.size(-1),))
-
-
-def drop(x, p, training):
-    """
-    Dropout of whole positions of x (B, T, channels): embeddings memorize a text that they see for
-    many epochs (arXiv 1512.05287 drops words for the same reason).
-    """
-    return F.dropout1d(x, p, training)
 
 
 def rotary_tables(length, head_dim, base):
@@ -180,6 +171,10 @@ class Attention(nn.Module):
     """
     attend(q, k, v, window) is causal and scales by head_dim^-0.5; its arguments and result are
     (B, T, heads, head_dim). Any other function that keeps to this may take its place.
+
+    x: (B, T, width). value_embed (B, T, width) or None: a second embedding of the tokens, of this
+    block alone, added to v after a gate from 0 to 2 per head (after arXiv 2410.17897). cos and sin:
+    (T, 1, head_dim / 2). q, k, v and gate only hold weights: their product is one.
     """
 
     def __init__(self, h, attend, window, gated):
@@ -203,7 +198,7 @@ class Attention(nn.Module):
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts[:3])
         if value_embed is not None:
             gate = 2 * torch.sigmoid(parts[3][..., :heads])             # (B, T, heads)
-            gate = drop(gate, self.value_dropout, self.training)
+            gate = F.dropout1d(gate, self.value_dropout, self.training)     # of whole positions
             v = v + gate[..., None] * value_embed.to(x.dtype).view_as(v)
         q = norm(rotate(q, cos, sin)) * self.scale
         k = norm(rotate(k, cos, sin)) * self.scale
@@ -240,7 +235,10 @@ class Block(nn.Module):
 
 
 def softcap(z, cap):
-    """Logits within +-cap. The usual cap x tanh(z / cap) takes longer on a CPU."""
+    """
+    Logits within +-cap, or below 75 where cap is 0. z / sqrt(1 + (z / cap)^2) bends earlier than
+    the usual cap x tanh(z / cap), and takes a CPU less time.
+    """
     if not cap:
         return z.clamp(max=75)          # the sum of exp() over a vocabulary stays finite
     return z * torch.rsqrt(1 + (z * (1 / cap)).square())
@@ -307,7 +305,7 @@ class GPT(nn.Module):
             letter = h.window_pattern[i % len(h.window_pattern)]
             short = letter == "S" and windowed and i < h.depth - 1
             window = h.short_window if short else context
-            gated = (h.depth - 1 - i) % h.value_embed_every == 0
+            gated = h.value_embed_every > 0 and (h.depth - 1 - i) % h.value_embed_every == 0
             if gated:
                 self.value_embed[str(i)] = nn.Embedding(h.vocab_size, h.width)
             self.blocks.append(Block(h, attend, window, gated))
@@ -361,7 +359,9 @@ class GPT(nn.Module):
         """The residual stream after the last block: (B, T, width)."""
         h = self.h
         x0 = norm(look_up(self.embed, ids, self.dtype)).to(self.dtype)
-        x0 = drop(x0, h.embed_dropout, self.training)
+        # Of whole positions: embeddings memorize a text that they see for many epochs (arXiv
+        # 1512.05287 drops words for the same reason). dropout1d takes positions for channels.
+        x0 = F.dropout1d(x0, h.embed_dropout, self.training)
         x = x0.clone()      # aliased inputs would have block 0 compiled separately
         cos, sin = self.cos[:ids.size(1)], self.sin[:ids.size(1)]
         for i, block in enumerate(self.blocks):
@@ -447,7 +447,8 @@ def adamw_update(p, g, m, v, steps, lr, betas, eps, decay):
 class MuonAdamW(torch.optim.Optimizer):
     """
     Parameter groups of kind "muon", matrices of one shape updated together, and of kind "adamw",
-    where relative_eps is added to eps in units of the RMS of a tensor's gradient.
+    where relative_eps is added to eps in units of the RMS of a tensor's gradient (its running mean
+    before this step, which starts at 0).
     """
 
     def __init__(self, groups):
@@ -522,12 +523,15 @@ def make_optimizer(model, h):
 
 
 def set_schedule(optimizer, h, step, progress):
-    """Learning rates are constant, then fall linearly over `warmdown`. progress: 0 to 1."""
-    fraction = h.final_lr + (1 - h.final_lr) * min(1, (1 - progress) / h.warmdown)
+    """
+    Learning rates are constant, then fall linearly over `warmdown`; Muon's momentum rises over
+    `momentum_steps`, and its weight decay falls to 0. progress: 0 to 1.
+    """
+    fraction = h.final_lr + (1 - h.final_lr) * min(1, (1 - progress) / max(h.warmdown, 1e-9))
     for group in optimizer.param_groups:
         group["lr"] = fraction * group["peak_lr"]
         if group["kind"] == "muon":
-            group["momentum"] = 0.85 + 0.1 * min(1, step / h.momentum_steps)
+            group["momentum"] = 0.85 + 0.1 * min(1, step / max(1, h.momentum_steps))
             group["decay"] = h.matrix_decay * (1 - progress)
 
 # ------------------------------------------------------------------------------------------------
@@ -535,8 +539,6 @@ def set_schedule(optimizer, h, step, progress):
 
 def build(h, context, device):
     """The model, initialized, and its optimizer."""
-    if h.matrix_unit_width and machine.has_matrix_unit(device):
-        h.width = h.matrix_unit_width
     dtype = machine.compute_dtype(device)
     attend, windowed = machine.choose_attention(device, dtype)
     model = GPT(h, context, dtype, attend, windowed).to(device)

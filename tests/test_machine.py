@@ -288,10 +288,10 @@ def test_the_peak_of_a_card_is_that_of_the_longest_name_that_fits(card, monkeypa
     monkeypatch.setattr(machine, "measured_peak", lambda device, dtype: 1.5e12)
     peaks = []
     for name in ("NVIDIA H100 PCIe", "NVIDIA GeForce RTX 4090 Laptop GPU", "Some Card 9000",
-                 "AMD Instinct MI250X", "AMD Instinct MI300X"):
+                 "AMD Instinct MI250X", "AMD Instinct MI300X", "NVIDIA RTX A1000"):
         card(name=name)
         peaks.append(machine.peak_flops(CUDA, torch.bfloat16))
-    assert peaks == [756e12, 1.5e12, 1.5e12, 191.5e12, 1307.4e12]
+    assert peaks == [756e12, 1.5e12, 1.5e12, 191.5e12, 1307.4e12, 1.5e12]
 
 
 def flash_like(q, k, v, window):
