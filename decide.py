@@ -42,6 +42,10 @@ BASELINE = re.compile(
     r"baseline(?:(?: on (?P<machine>.+?))?(?:, again)?, seed (?P<seed>\d+).*)?$", re.I)
 REPEAT = re.compile(r"(?:again,? )?seed (?P<seed>\d+)(?=[:,;]|$)", re.I)
 
+# What a `FAIL:` says that no train.py is to blame for
+MACHINE = re.compile(
+    r"another run is at work|can't be written|is corrupted|has no room|do not add up")
+
 # ------------------------------------------------------------------------------------------------
 # The rule
 
@@ -275,6 +279,9 @@ def number(log, seed, machine):
     """The val_bpb of a log. Exits if there is none, or if it cannot be compared."""
     name, text = log["name"], log["text"]
     if failure := re.search(r"^FAIL.*", text, re.M):
+        if MACHINE.search(failure[0]):
+            sys.exit(f"{name}: {failure[0]}. That is not the idea's doing: once it is put right, "
+                     "move this log to logs-<tag>/ and run again")
         sys.exit(f"{name}: {failure[0]}. Fix the bug and commit on top, or write a `crash` row")
     if "val_bpb" not in log:
         sys.exit(f"{name} has no val_bpb: wait if it is still running; delete it if it was stopped "
@@ -363,7 +370,8 @@ def one_budget(mine, theirs):
     budgets = [log.get("time_budget", "300").split()[0] for log in (mine, theirs)]
     if len(set(budgets)) > 1:
         sys.exit(f"{mine['name']} trained for {budgets[0]} s, {theirs['name']} for {budgets[1]} s: "
-                 "run with the AUTORESEARCH_TIME_BUDGET of this night again")
+                 f"a night has one budget; run it again with --budget {budgets[1]} behind "
+                 "uv run trial.py, or start a new night")
 
 
 def first_gain(session, folder, commit):
@@ -376,8 +384,9 @@ def first_gain(session, folder, commit):
     if not runs:
         sys.exit(f"there is no run-{commit}-42-*.log: run {commit} on seed 42 first")
     value = number(runs[-1], 42, session.machine)
-    if theirs := logs(folder, kept.commit, 42):
-        one_budget(runs[-1], theirs[-1])
+    for theirs in logs(folder, kept.commit, 42):
+        if "val_bpb" in theirs:
+            one_budget(runs[-1], theirs)
     earlier = [row.equal for row in session.runs(kept.train, 42)]
     if not earlier:
         sys.exit(f"{kept.commit}, the last kept commit, has no row on seed 42: run it there first")
@@ -405,8 +414,11 @@ def by_pairs(session, found, gain):
     """
     gains, costs, told = [], [], []
     for seed, (mine, theirs) in found.items():
+        # Of a pair that broke, the run that broke is the one that was not stopped for it.
+        broken_first = sorted((mine, theirs), key=lambda log: "stopped by SIGTERM" in log["text"])
+        value = {log["name"]: number(log, seed, session.machine) for log in broken_first}
         one_budget(mine, theirs)
-        gains.append(number(theirs, seed, session.machine) - number(mine, seed, session.machine))
+        gains.append(value[theirs["name"]] - value[mine["name"]])
         told.append(f"{gains[-1]:+.6f} on seed {seed}")
         if session.by_steps:
             costs.append(math.log(int(mine["num_steps"]) / int(theirs["num_steps"])))
@@ -449,7 +461,7 @@ def decision(session, folder, commit):
     if result != "keep" and gain >= -session.noise:
         words += simpler
     usual = logs(folder, kept.commit)
-    for log in logs(folder, commit, 42):
+    for log in logs(folder, commit, 42)[-1:]:               # earlier ones do not count
         words += busy(log, usual) + other_kernels(log, usual)
     for log in itertools.chain(*found.values()):
         again = "delete both logs of this pair and run it again"
@@ -480,7 +492,8 @@ def wave_decision(session, folder, commit):
         words += "; or keep if the code got simpler"
     usual = logs(folder, kept.commit)
     for log in logs(folder, commit):
-        words += busy(log, usual) + other_kernels(log, usual)
+        if "val_bpb" in log:
+            words += busy(log, usual) + other_kernels(log, usual)
     return result, words
 
 

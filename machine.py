@@ -223,9 +223,13 @@ def compute_dtype(device):
     return half if faster else torch.float32
 
 
-def has_matrix_unit(device):
-    """Whether matmuls have hardware of their own: AMX, a GPU. There a wide model costs little."""
-    return device.type != "cpu" or torch.cpu.get_capabilities().get("amx_bf16", False)
+def has_matrix_unit():
+    """
+    Whether matmuls have hardware of their own here: AMX, a GPU. There a wide model costs little. It
+    is the machine that counts, not the device: sample.py builds on a CPU what a GPU has trained.
+    """
+    gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    return gpu or torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
 # Dense bfloat16 FLOP/s with float32 accumulation, from the makers' data sheets. Keys: parts of

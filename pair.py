@@ -58,8 +58,10 @@ def run(commits, seed, by_turns):
                     time.sleep(0.1)
                 if processes[-1].poll():
                     break
-            # None: it goes on; 0: it has its number
-            while None in (states := [process.poll() for process in processes]) and not any(states):
+            while True:
+                states = [process.poll() for process in processes]      # None: it goes on
+                if any(states) or None not in states:
+                    break                           # one has failed, or both have their number
                 time.sleep(0.1)
         finally:
             for process in processes:

@@ -1346,7 +1346,11 @@ class Run:
         print_summary(self, numbers, line)
         record.print_details(self, numbers, line)
         if best:
-            problem = record.save_weights(self.model, best) or self.ask("saved")[1]
+            problem = record.save_weights(self.model, best)
+            if not problem:             # its number is in the journal: a slow disk is no failure
+                self.channel.send("saved")
+                word, *rest = self.channel.receive(3 * ANSWER_TIME)
+                problem = rest[0] if word == "kept" else "whether the model is kept is not known"
             print(problem or "the best model on this machine so far is kept: uv run sample.py")
 
     def __exit__(self, kind, error, traceback):

@@ -1105,7 +1105,8 @@ class Referee:
             # A text that fills half of that time, in case the machine gets slower.
             size = max(self.manifest["val"]["bytes"] * left / 2 / needed, 1000)
             sys.exit(f"FAIL: evaluating {tokens:,} tokens would take about {needed:.0f} s here, "
-                     f"and {left:.0f} s are left for it; "
+                     f"and {left:.0f} s are left for it: make the model faster, or, before the "
+                     "first run of a night (another text does not compare), "
                      f"run: uv run prepare.py --eval-bytes {size:.0f}")
         self.channel.send("fits")
 

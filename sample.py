@@ -44,13 +44,13 @@ exec(compile(program, "train.py", "exec"), train)   # the agent's code: sealed a
 h = train["RECIPES"][run["recipe"]] | {"vocab_size": run["vocab_size"]}
 model = train["build"](SimpleNamespace(**h), context, device)[0].eval().requires_grad_(False)
 model.load_state_dict(weights)
-nats = 0.0
-for piece in torch.tensor(tokens, dtype=torch.int64).split(context) if arguments.bpb else ():
-    x = torch.tensor([[bos, *piece[:-1]]], device=device)
-    nats -= model(x)[0].float().log_softmax(-1).cpu()[range(len(piece)), piece].sum().item()
 if arguments.bpb:
-    text = f"{nats / math.log(2) / max(1, len(text)):.6f} bits per byte".encode()
-    arguments.tokens = 0
+    nats = 0.0
+    for piece in torch.tensor(tokens, dtype=torch.int64).split(context):
+        x = torch.tensor([[bos, *piece[:-1]]], device=device)
+        nats -= model(x)[0].float().log_softmax(-1).cpu()[range(len(piece)), piece].sum().item()
+    os.write(1, f"{nats / math.log(2) / max(1, len(text)):.6f} bits per byte\n".encode())
+    sys.exit()
 os.write(1, text)
 for _ in range(arguments.tokens):
     x = torch.tensor([[bos, *tokens[1 - context:]]], device=device)

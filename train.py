@@ -98,7 +98,7 @@ RECIPES = {
     "sotu": recipe(
         depth=3,
         # With AMX, say, 128 would see the text four times, and memorize it.
-        width=192 if machine.has_matrix_unit(machine.default_device()) else 128,
+        width=192 if machine.has_matrix_unit() else 128,
         qk_scale=1.2,
         value_embed_every=1,
         short_conv=3,

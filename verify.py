@@ -25,6 +25,12 @@ import traceback
 from pathlib import Path
 
 import decide
+import trial
+
+# the night's budget, unless the environment says otherwise, as for trial.py
+if budget := trial.budget_of_the_night():
+    os.environ.setdefault("AUTORESEARCH_TIME_BUDGET", budget)
+
 import machine
 import prepare
 import referee
@@ -33,8 +39,8 @@ import seal
 import torch
 
 HERE = Path(__file__).resolve().parent
-# decide.py too: verify.py, which shows the text to the copies, imports it
-HARNESS = *referee.HARNESS, "verify.py", "decide.py"
+# the last two too: verify.py, which shows the text to the copies, imports it
+HARNESS = *referee.HARNESS, "verify.py", "decide.py", "trial.py"
 # bytes of a train.py that a person still reads; more may be data
 LONGEST = 100_000
 GPUS = "/dev/dri", "/dev/kfd", "/dev/dxg"       # AMD's and WSL2's, beside /dev/nvidia*

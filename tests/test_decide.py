@@ -402,7 +402,31 @@ def test_a_night_has_one_budget(write, log, answer):
     assert answer()[0].startswith("keep")
     log(IDEA, 42, 1.28, 1)
     words, code = answer()
-    assert code == 1 and "trained for 300 s" in words and "for 60 s: run with the AUTO" in words
+    assert code == 1 and "trained for 300 s" in words and "again with --budget 60 behind" in words
+    log(KEPT, 42, 1.299, 0)                 # a kept one at the other budget puts nothing right
+    log(KEPT, 42, None, 10)
+    assert answer()[0] == words
+    log(IDEA, 42, 1.28, 0, time_budget="60 (not comparable)")
+    assert answer()[1] == 1
+
+
+def test_of_a_broken_pair_the_run_that_broke_is_named(write, log, answer):
+    write(*BASELINE)
+    log(IDEA, 42, 1.295, 60)
+    log(IDEA, 43, None, 11, "FAIL: the training loss is NaN")
+    log(KEPT, 43, None, 11, "stopped by SIGTERM: no result")
+    assert "the training loss is NaN. Fix the bug" in answer()[0]
+    log(IDEA, 43, None, 5, "stopped by SIGTERM: no result")
+    log(KEPT, 43, None, 5, "Killed")
+    assert answer()[0].startswith(f"run-{KEPT}-43-240005.log has no val_bpb")
+
+
+def test_an_earlier_run_of_an_idea_is_not_doubted(write, log, answer):
+    write(*BASELINE)
+    log(KEPT, 42, 1.299, 9)
+    log(IDEA, 42, 1.298, 1, machine="80% ours")
+    log(IDEA, 42, 1.298, 2, machine="99% ours")
+    assert "machine, the rest" not in answer()[0]
 
 
 def test_a_machine_that_others_had_a_part_of(write, log, answer):
@@ -477,6 +501,7 @@ def test_the_last_kept_commit_itself(write, answer):
     (None, "", dict(), "has no val_bpb: wait if it is still running; delete it if it was stopped "
      f"by mistake; if it crashed, `tail -n 50 run-{IDEA}-42-240001.log` says why"),
     (None, "FAIL: the loss is NaN", dict(), "FAIL: the loss is NaN. Fix the bug and commit on top"),
+    (None, "FAIL: another run is at work on this device: process 7", dict(), "move this log to"),
     (1.2, "", dict(extra="60 (not comparable)"), "'extra: 60 (not comparable)': corr"),
     (1.2, "", dict(seed=43), "ran on seed 43: rename it, and run on seed 42"),
     (1.2, "", dict(device="cuda (H100)"), "ran on cuda (H100), the baseline on cpu (2 cores): on")])

@@ -233,8 +233,8 @@ def test_a_number_that_is_none_is_named(value, execute):
 
 def test_what_was_verified_comes_first_and_is_compared_only_with_itself(execute):
     """
-    By hand: means 1.31 and 1.29. A run on another text is no gain, a failed one no number, and none
-    of them belongs to a row.
+    By hand: means 1.31 and 1.29. A run on another text or budget is no gain, a failed one no
+    number, and none of them belongs to a row.
     """
     def verified(commit, val, **more):
         line = run_line(commit, val, val and val - 0.02, verified=True, isolated=True, device="cpu",
@@ -244,13 +244,14 @@ def test_what_was_verified_comes_first_and_is_compared_only_with_itself(execute)
     lines = [verified("aaaaaa1", 1.30, seed=7), verified("aaaaaa1", 1.32, seed=8),
              verified("bbbbbb2", 1.28, seed=7), verified("bbbbbb2", 1.30, seed=8),
              verified("eeeeee5", 1.10, isolated=False, val_text_sha256="u"),
+             verified("bbbbbb2", 1.50, seed=9, time_budget=60),
              verified("ffffff6", None, failure="FAIL: causality")]
     text = execute(NIGHT, JOURNAL + lines)
     assert ("aaaaaa1: val_bpb 1.310000, sealed 1.290000, standard deviations 0.0141 and 0.0141, "
-            "seeds 7, 8 on cpu, isolated") in text
+            "seeds 7, 8 on cpu, 300 s, isolated") in text
     assert "bbbbbb2: val_bpb 1.290000" in text
     assert "a gain of +0.0200 over aaaaaa1, on the sealed text +0.0200" in text
-    assert "seeds 42 on cpu, NOT isolated" in text and text.count("a gain of +") == 1
+    assert "seeds 42 on cpu, 300 s, NOT isolated" in text and text.count("a gain of +") == 1
     assert "ffffff6 on seed 42 got no number: FAIL: causality" in text
     assert text.index("aaaaaa1: val_bpb") < text.index("baseline 1.300000 over 3 runs")
     assert "which were reported" not in text and "8 runs in the journal\n" in text
