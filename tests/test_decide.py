@@ -424,8 +424,8 @@ def test_of_a_broken_pair_the_run_that_broke_is_named(write, log, answer):
 def test_an_earlier_run_of_an_idea_is_not_doubted(write, log, answer):
     write(*BASELINE)
     log(KEPT, 42, 1.299, 9)
-    log(IDEA, 42, 1.298, 1, machine="80% ours")
-    log(IDEA, 42, 1.298, 2, machine="99% ours")
+    log(IDEA, 42, 1.298, 2, machine="80% ours")
+    log(IDEA, 42, 1.298, 1, machine="99% ours")
     assert "machine, the rest" not in answer()[0]
 
 
