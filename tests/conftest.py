@@ -27,6 +27,15 @@ sys.path.insert(0, str(ROOT))
 torch.compiler.set_stance("force_eager")        # in this process; child processes compile
 
 
+# These take the longest: they come first, so that no worker is left alone with one at the end.
+SLOW = ["test_redteam.py", "test_run.py", "test_wave.py", "test_pair.py", "test_soak.py",
+        "test_windows.py", "test_places.py", "test_program.py", "test_record.py"]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: [*SLOW, item.path.name].index(item.path.name))
+
+
 def prepare_sotu(folder, *arguments):
     """Prepare sotu at two vocabularies. The first one, 8192, is train.py's."""
     for size in (8192, 512):
