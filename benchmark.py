@@ -3,9 +3,9 @@ What this machine can do, and what a run makes of it.
 
     uv run benchmark.py                 # minutes; let nothing else run beside it
     uv run benchmark.py --grid          # and how cost grows with the shape of the model
-    uv run benchmark.py --counts        # no timings: what a step on CUDA costs, counted without it
+    uv run benchmark.py --counts        # instead, what a step on CUDA costs; needs no GPU
 
-Timings are medians; ratios are of figures measured in the same run.
+Times of a step are medians, peaks the best of several; ratios are of figures from the same run.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager, redirect_stdout
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -35,13 +36,12 @@ import train
 
 def recipe(dataset):
     """The hyperparameters that train.py takes for a dataset."""
-    h = argparse.Namespace(**train.RECIPES[dataset.recipe])
+    h = SimpleNamespace(**train.RECIPES[dataset.recipe])
     h.vocab_size = h.vocab_size or dataset.vocab_size
     return h
 
 # ------------------------------------------------------------------------------------------------
 # Timings
-
 
 def median_seconds(function, times=9):
     function()
@@ -58,10 +58,10 @@ def peak(device, dtype):
     return max(machine.measured_peak(device, dtype) for _ in range(3))
 
 
-def loader_tokens_per_second(context, mean_document):
-    """Packing rows on one core, from 20 million tokens in documents of that mean length."""
+def loader_tokens_per_second(context):
+    """Packing rows on one core, from 20 million tokens in documents of 600 on average."""
     rng = np.random.default_rng(0)
-    lengths = rng.geometric(1 / mean_document, 20_000_000 // mean_document)
+    lengths = rng.geometric(1 / 600, 20_000_000 // 600)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tokens = rng.integers(0, 8000, offsets[-1]).astype(np.uint16)
     fill = referee.training_rows([tokens], [offsets], 8191, context + 1, 0)
@@ -141,6 +141,7 @@ def fractions(step, seconds=60):
         lap("training")
         run.log(number, loss)
         lap("logging")
+    run.channel.send("fail", "benchmark.py: no number")
     return {name: each / sum(spent.values()) for name, each in spent.items()}
 
 
@@ -163,7 +164,7 @@ def grid(h, device, float32):
                   vocab_size=(1024, 2048, 4096, 8192))
     for name, values in shapes.items():
         for value in values:
-            changed = argparse.Namespace(**vars(h) | {"context": 256, name: value})
+            changed = SimpleNamespace(**vars(h) | {"context": 256, name: value})
             changed.device_batch_size = 4096 // changed.context
             with redirect_stdout(None):                 # the attention is the same each time
                 tokens, flops = Step(changed, changed.context, device).speed()
@@ -304,6 +305,7 @@ def main():
     arguments = parser.parse_args()
     if arguments.counts:
         return print_counts()
+    machine.keep_freed_memory()         # as in a run
     dataset, device = prepare.chosen_dataset(), prepare.default_device()
     h = recipe(dataset)
     dtype = machine.compute_dtype(device)
@@ -322,8 +324,8 @@ def main():
           f"of the float32 peak, {flops / compute:.0%} of the {dtype} peak")
 
     split = fractions(step)
-    for context, mean in ((2048, 600), (256, 600)):
-        speed = loader_tokens_per_second(context, mean)
+    for context in 2048, 256:
+        speed = loader_tokens_per_second(context)
         print(f"loader, context {context:<5}{speed / 1e6:.0f}M tokens/s on one core, "
               f"{speed / tokens:,.0f} times what training takes")
     folder = prepare.folder_of(dataset, h.vocab_size)

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 # Logits computed at once, 4 bytes each. On a CPU they fit the cache.
 CHUNK_LOGITS = {"cpu": 2**22, "mps": 2**24, "cuda": 2**27}
 
-# What a run was made with, for its journal line: a night whose kernels differ is no fair one.
-chosen = {"attention": "train.py's own", "compiled": True}
+# What a run was made with, for its journal line: runs with different kernels do not compare.
+chosen = {"attention": "train.py's own", "compiled": True, "dtype": None}
 
 # ------------------------------------------------------------------------------------------------
 # Device
@@ -101,6 +101,7 @@ def synchronize(device):
     """Wait until the device has finished all work queued on it."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
+
 
 def read_later(x):
     """
@@ -205,9 +206,9 @@ def measured_peak(device, dtype, size=None):
     return 2 * size**3 * products / best
 
 
-def compute_dtype(device):
+def fastest_dtype(device):
     """
-    The dtype of matmuls. bfloat16 on NVIDIA from Ampere on, float32 on MPS: in half precision
+    The dtype for matmuls. bfloat16 on NVIDIA from Ampere on, float32 on MPS: in half precision
     torch's attention reads ahead there (pytorch#195910). Elsewhere 16 bits if they are clearly
     faster: some CPUs and AMD GPUs have no fast bfloat16, and Turing has tensor cores for float16.
     """
@@ -221,6 +222,12 @@ def compute_dtype(device):
     size = 512 if device.type == "cpu" else 2048
     faster = measured_peak(device, half, size) > 1.2 * measured_peak(device, torch.float32, size)
     return half if faster else torch.float32
+
+
+def compute_dtype(device):
+    """fastest_dtype(), measured once: near its threshold a second answer could be another."""
+    chosen["dtype"] = chosen["dtype"] or fastest_dtype(device)
+    return chosen["dtype"]
 
 
 def has_matrix_unit():
@@ -481,6 +488,7 @@ def compiled(function):
             return function(*arguments)
     return wrapper
 
+
 def compiled_on(kind):
     """Decorator: compiled(), but on devices of this kind alone."""
     return compiled if default_device().type == kind else lambda function: function
@@ -490,10 +498,10 @@ def compiled_on(kind):
 
 def in_chunks(loss):
     """
-    A function like loss(x, weight, targets, *settings), which sums over the rows of x (N, width)
-    and targets (N,), that takes the loss of one chunk of rows after another, and each chunk's
-    gradients with it, in the forward pass. So the logits of the whole batch, by far its largest
-    tensor, never exist at once: faster on a CPU (dev/log.md), and GiBs less on a GPU.
+    Decorator for loss(x, weight, targets, *settings), a sum over the rows of x (N, width) and
+    targets (N,): takes it a chunk of rows at a time, and each chunk's gradients in the forward pass
+    too. So the logits of the whole batch, by far its largest tensor, never exist at once: faster on
+    a CPU (dev/log.md), and GiBs less on a GPU.
     """
     gradients_and_loss = compiled(torch.func.grad_and_value(loss, argnums=(0, 1)))
 

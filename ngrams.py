@@ -32,7 +32,7 @@ class NGrams(nn.Module):
         self.hashes = 2**62 // vocab_size       # hash x vocab_size + word fits into an int64
         generator = torch.Generator().manual_seed(0)
         self.register_buffer("multipliers", torch.randint(2**62, (order - 1,), generator=generator))
-        self.seen = []                          # batches x, y that are still to be counted
+        self.kept = []                          # batches x, y that are still to be counted
         self.register_load_state_dict_pre_hook(make_room)
 
     @property
@@ -43,12 +43,12 @@ class NGrams(nn.Module):
         """Keep the batches of the first epoch, or of 90% of a shorter run, and then count them."""
         if self.counted:
             return
-        if epoch <= 1 or not self.seen:
-            self.seen.append((x.int(), y.int()))
+        if epoch <= 1 or not self.kept:
+            self.kept.append((x.int(), y.int()))
         if epoch > 1 or progress > 0.9:
             start = time.monotonic()
-            x, y = (torch.cat(batches).long() for batches in zip(*self.seen))
-            self.seen.clear()
+            x, y = (torch.cat(batches).long() for batches in zip(*self.kept))
+            self.kept.clear()
             self.count(x, y)
             print(f"n-grams of {y.numel():,} tokens counted in {time.monotonic() - start:.1f} s")
 
@@ -110,6 +110,7 @@ class NGrams(nn.Module):
         From p (B x T, vocab_size), what shorter contexts say of the token after each place of ids
         (B, T), to what contexts of these orders say, the longest first; in place.
         """
+        # left: of the probability at each place, what is still for shorter contexts to give out
         left, found = p.new_ones(len(p)), []
         for n in orders:
             hashes = self.hash(ids, n - 1)
@@ -117,8 +118,10 @@ class NGrams(nn.Module):
             places = (self.contexts[i] == hashes).nonzero()[:, 0]
             i = i[places]
             kinds = self.kinds[i]
+            # The entries of all these contexts, one context after another, ...
             entries = (self.ends[i] - kinds.cumsum(0)).repeat_interleave(kinds)
             entries += torch.arange(len(entries), device=ids.device)
+            # ... and where in p, seen flat, the word of each is.
             at = (places * self.vocab_size).repeat_interleave(kinds) + self.words[entries]
             found.append((at, self.share[entries] * left[places].repeat_interleave(kinds)))
             left[places] *= self.backoff[i]
@@ -131,7 +134,7 @@ class NGrams(nn.Module):
         Log probabilities (B, T, vocab_size) of the token after each place of ids (B, T), mixed from
         the n-grams' q and a network with these logits. First a share of log q goes into the logits,
         which gives p; then p and q are mixed linearly, and q weighs sigmoid(a + b log max q +
-        c log max p), where a, b, c = trust. Overwrites logits.
+        c log max p), where a, b, c = trust. It overwrites logits.
         """
         a, b, c = trust
         q = self(ids)
@@ -141,16 +144,17 @@ class NGrams(nn.Module):
 
     def raise_repeated(self, logits, ids, share, prior):
         """
-        Adds to logits (B, T, vocab_size), for each token that its row ids (B, T) has had n times so
-        far, share x log(1 + n / (prior x frequency)): a word of a document comes again, a rare one
-        above all (fast marginal adaptation: Kneser, Peters and Klakow 1997).
+        Returns logits (B, T, vocab_size), which it overwrites, plus share x log(1 + n / (prior x
+        frequency)) for each token that its row ids (B, T) has had n times so far: a word of a
+        document comes again, a rare one above all (fast marginal adaptation: Kneser, Peters and
+        Klakow 1997).
         """
         same = ids[:, :, None] == ids[:, None]              # (B, T, T)
         is_first = ~same.tril(-1).any(-1)                   # one place of a row for each token
         is_first[:, 0] = False                              # BOS is no word
         n = same.float().cumsum_(1) * is_first[:, None]     # [b, t, s]: of the token at s, up to t
         bonus = n.div_(prior * self.frequency[ids][:, None]).log1p_().mul_(share)
-        logits.scatter_add_(2, ids[:, None].expand_as(bonus), bonus)
+        return logits.scatter_add_(2, ids[:, None].expand_as(bonus), bonus)
 
 
 def make_room(ngrams, state, prefix, *_):

@@ -34,20 +34,20 @@ BASE = dict(
     width=256,                  # of the residual stream
     head_dim=64,                # of each attention head
     window_pattern="L",         # Short and Long attention layers, repeated; the last one is long
-    short_window=256,           # tokens a short layer sees; all, if no kernel here gains by windows
+    short_window=256,           # tokens that a short layer sees; all where windows gain nothing
     rotary_base=1e4,            # wavelengths from 2 pi to almost 2 pi x this, in tokens
     qk_scale=1.1,               # multiplies queries and keys after RMS norm
-    softcap=15,                 # logits stay within +-this, at most 75; 0: no bound but 75 above
-    value_embed_every=2,        # value embeddings in every nth block, from the last; 0: in none
-    candidates=0,               # tokens in the softmax of a training batch; 0: all
+    softcap=15,                 # bound of the logits, at most 75; 0: only clamped at 75 from above
+    value_embed_every=2,        # value embeddings in every nth block, back from the last; 0: none
+    candidates=0,               # tokens in the softmax of a micro-batch; 0: the whole vocabulary
     # For a small text
     short_conv=0,               # previous tokens in a causal depthwise convolution
-    embed_dropout=0.0,          # probability of zeroing a position's token embedding
-    value_dropout=0.0,          # the same, value embedding
+    embed_dropout=0.0,          # probability of zeroing a position's token embedding, per epoch
+    value_dropout=0.0,          # the same, its value embeddings
     ngram_order=0,              # tokens of the longest n-grams counted for evaluation; 0: none
     ngram_share=0.0,            # of their log probabilities in the logits of evaluation
-    ngram_trust=(-0.7, 1.2, -0.4),      # what the linear mixture after that goes by: NGrams.mix
-    repeat_share=0.0,           # how far a token that its row has had is raised, with n-grams on
+    ngram_trust=(-0.7, 1.2, -0.4),      # a, b, c of the linear mixture that follows: NGrams.mix
+    repeat_share=0.0,           # bonus of a token that its row has had; only with n-grams on
     repeat_prior=600,           # tokens of average text that the row is taken to follow
     # Batch
     device_batch_size=32,       # rows of a micro-batch; warmup halves it on out of memory
@@ -97,13 +97,14 @@ RECIPES = {
     # Measured on two CPU cores: dev/log.md
     "sotu": recipe(
         depth=3,
-        # With AMX, say, 128 would see the text four times, and memorize it.
+        # Where matmuls are cheap, 128 would see the text four times and memorize it; a step at
+        # 192 takes 1.35 times as long.
         width=192 if machine.has_matrix_unit() else 128,
         qk_scale=1.2,
         value_embed_every=1,
         short_conv=3,
-        softcap=0,              # a pass over the logits less: 5% more steps
-        candidates=2304,        # a batch has some 1,500 different targets
+        softcap=0,              # one pass over the logits fewer: 5% more steps
+        candidates=2304,        # a batch has some 1,500 different targets; any above 2,304 are lost
         embed_dropout=0.05,
         value_dropout=0.1,
         ngram_order=6,
@@ -173,14 +174,15 @@ class Attention(nn.Module):
     (B, T, heads, head_dim). Any other function that keeps to this may take its place.
 
     x: (B, T, width). value_embed (B, T, width) or None: a second embedding of the tokens, of this
-    block alone, added to v after a gate from 0 to 2 per head (after arXiv 2410.17897). cos and sin:
-    (T, 1, head_dim / 2). q, k, v and gate only hold weights: their product is one.
+    block alone, added to v after a gate from 0 to 2 per head (after arXiv 2410.17897) and after
+    dropout, by a factor of its positions (B, T, 1). cos and sin: (T, 1, head_dim / 2). q, k, v and
+    gate only hold weights: one matmul applies all four.
     """
 
     def __init__(self, h, attend, window, gated):
         super().__init__()
         self.attend, self.window = attend, window
-        self.head_dim, self.scale, self.value_dropout = h.head_dim, h.qk_scale, h.value_dropout
+        self.head_dim, self.scale = h.head_dim, h.qk_scale
         self.q = Linear(h.width, h.width)
         self.k = Linear(h.width, h.width)
         self.v = Linear(h.width, h.width)
@@ -188,7 +190,7 @@ class Attention(nn.Module):
         if gated:
             self.gate = Linear(GATE_INPUT, h.width // h.head_dim)
 
-    def forward(self, x, value_embed, cos, sin):
+    def forward(self, x, value_embed, dropout, cos, sin):
         weights = [self.q.weight, self.k.weight, self.v.weight]
         if value_embed is not None:     # rows in multiples of 8: else a GPU's matmul is slow
             heads = len(self.gate.weight)
@@ -197,8 +199,7 @@ class Attention(nn.Module):
         parts = F.linear(x, torch.cat(weights).to(x.dtype)).split([len(w) for w in weights], -1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts[:3])
         if value_embed is not None:
-            gate = 2 * torch.sigmoid(parts[3][..., :heads])             # (B, T, heads)
-            gate = F.dropout1d(gate, self.value_dropout, self.training)     # of whole positions
+            gate = 2 * torch.sigmoid(parts[3][..., :heads]) * dropout       # (B, T, heads)
             v = v + gate[..., None] * value_embed.to(x.dtype).view_as(v)
         q = norm(rotate(q, cos, sin)) * self.scale
         k = norm(rotate(k, cos, sin)) * self.scale
@@ -227,10 +228,10 @@ class Block(nn.Module):
         self.mlp_conv = ShortConv(h.width, h.short_conv) if h.short_conv else nn.Identity()
 
     @machine.compiled_on("cpu")         # a block at a time: the same code for all of them
-    def forward(self, x, x0, value_embed, cos, sin):
+    def forward(self, x, x0, value_embed, dropout, cos, sin):
         weights = self.residual.to(x.dtype)
         x = weights[0] * x + weights[1] * x0
-        x = x + self.attention(self.attention_conv(norm(x)), value_embed, cos, sin)
+        x = x + self.attention(self.attention_conv(norm(x)), value_embed, dropout, cos, sin)
         return x + self.mlp(self.mlp_conv(norm(x)))
 
 
@@ -244,7 +245,8 @@ def softcap(z, cap):
     return z * torch.rsqrt(1 + (z * (1 / cap)).square())
 
 
-def chunk_loss(x, weight, targets, stands_for, cap):
+@machine.in_chunks                      # a batch's logits never exist at once
+def summed_loss(x, weight, targets, stands_for, cap):
     """
     Cross entropy in nats, summed over targets (N,) that are not -1. x: the residual stream after
     the last block, (N, width). stands_for: the log of how many tokens each row of weight is for.
@@ -267,10 +269,10 @@ def look_up(table, ids, dtype):
 
 def sample(weight, targets, frequency, size):
     """
-    A part of the output head, `size` rows of weight (vocab_size, width): those of all targets (N,)
-    and of other tokens by chance, frequent ones likelier. Returns these rows, the targets as places
-    among them, and of each the log of how many tokens it stands for: with it the sum of the softmax
-    is right on average (priority sampling, arXiv cs/0509026). Targets that find no room become -1.
+    `size` rows of the output head, weight (vocab_size, width): those of all targets (N,) and others
+    drawn at random, frequent tokens likelier. Returns the rows, the targets as indices into them,
+    and per row the log of how many tokens it stands for, which makes the sum of the softmax right
+    on average (priority sampling, arXiv cs/0509026). Targets that find no room become -1.
     """
     wanted = torch.zeros(len(weight) + 1, device=weight.device)
     wanted[targets] = math.inf                              # the last one takes -1
@@ -282,10 +284,6 @@ def sample(weight, targets, frequency, size):
     place = torch.full_like(frequency, -1, dtype=torch.long)
     place[rows] = torch.arange(size, device=weight.device)
     return F.embedding(rows, weight), torch.where(targets < 0, -1, place[targets]), stands_for
-
-
-# Sums loss and gradients over chunks of N, so that a batch's logits are never materialized.
-summed_loss = machine.in_chunks(chunk_loss)
 
 
 class GPT(nn.Module):
@@ -310,7 +308,8 @@ class GPT(nn.Module):
                 self.value_embed[str(i)] = nn.Embedding(h.vocab_size, h.width)
             self.blocks.append(Block(h, attend, window, gated))
         self.unembed = Linear(h.width, h.vocab_size)
-        self.register_buffer("seen", torch.ones(h.vocab_size))      # how often a target, plus 1
+        self.register_buffer("seen", torch.ones(h.vocab_size))      # times as a target, plus 1
+        self.register_buffer("epoch", torch.zeros(()), persistent=False)    # of training
         cos, sin = rotary_tables(context, h.head_dim, h.rotary_base)
         self.register_buffer("cos", cos.to(dtype), persistent=False)
         self.register_buffer("sin", sin.to(dtype), persistent=False)
@@ -344,7 +343,7 @@ class GPT(nn.Module):
             logits = softcap(self.unembed(norm(x)).float(), h.softcap)
             if self.ngrams is not None and self.ngrams.counted:
                 logits = self.ngrams.mix(logits, ids, h.ngram_share, h.ngram_trust)
-                self.ngrams.raise_repeated(logits, ids, h.repeat_share, h.repeat_prior)
+                logits = self.ngrams.raise_repeated(logits, ids, h.repeat_share, h.repeat_prior)
             return logits
         targets = targets.flatten()
         weight, stands_for = self.unembed.weight, torch.zeros_like(self.seen)
@@ -359,17 +358,28 @@ class GPT(nn.Module):
         """The residual stream after the last block: (B, T, width)."""
         h = self.h
         x0 = norm(look_up(self.embed, ids, self.dtype)).to(self.dtype)
-        # Of whole positions: embeddings memorize a text that they see for many epochs (arXiv
-        # 1512.05287 drops words for the same reason). dropout1d takes positions for channels.
-        x0 = F.dropout1d(x0, h.embed_dropout, self.training)
+        x0 = x0 * self.dropout(ids, h.embed_dropout)
         x = x0.clone()      # aliased inputs would have block 0 compiled separately
         cos, sin = self.cos[:ids.size(1)], self.sin[:ids.size(1)]
         for i, block in enumerate(self.blocks):
             value_embed = None
             if str(i) in self.value_embed:
                 value_embed = look_up(self.value_embed[str(i)], ids, self.dtype)
-            x = block(x, x0, value_embed, cos, sin)
+            dropout = self.dropout(ids, h.value_dropout)
+            x = block(x, x0, value_embed, dropout, cos, sin)
         return x
+
+    def dropout(self, ids, rate):
+        """
+        A factor for each position of ids, (B, T, 1). In training 0 at random ones, the more the
+        more often the text comes again: embeddings memorize it (arXiv 1512.05287 drops words for
+        the same reason). A tensor, since a number that changes would be compiled again and again.
+        """
+        if not (rate and self.training):
+            return 1
+        p = (rate * self.epoch).clamp(max=0.5)
+        kept = torch.rand(*ids.shape, 1, device=ids.device) >= p
+        return (kept / (1 - p)).to(self.dtype)
 
     def flops_per_token(self, context):
         """
@@ -571,6 +581,7 @@ def main():
         for micro_step, (x, y) in enumerate(run.batches(rows), start=1):   # until time is up
             if model.ngrams is not None:
                 model.ngrams.watch(x, y, run.epoch, run.progress)
+            model.epoch.fill_(run.epoch)
             loss = model(x, y) / grad_accum_steps
             scaler.scale(loss).backward()
             train_loss += loss.detach()

@@ -193,12 +193,19 @@ def test_precision_is_the_fastest_that_is_safe(device, capability, hip, peaks, d
     card(capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(machine, "measured_peak", lambda device, dtype, size: peaks[dtype])
-    assert machine.compute_dtype(torch.device(device)) == dtype
+    assert machine.fastest_dtype(torch.device(device)) == dtype
+
+
+def test_precision_is_chosen_once(monkeypatch):
+    monkeypatch.setitem(machine.chosen, "dtype", None)
+    for first in BFLOAT16, FLOAT32:         # on a busy machine the second answer is another
+        monkeypatch.setattr(machine, "fastest_dtype", lambda device, dtype=first: dtype)
+        assert machine.compute_dtype(torch.device("cpu")) == BFLOAT16
 
 
 class Batches:
     """A prepare.Run that hands out three batches of made-up tokens."""
-    device, context, progress = torch.device("cpu"), 64, 0.0
+    device, context, progress, epoch = torch.device("cpu"), 64, 0.0, 0.0
 
     def __init__(self, vocab_size):
         self.vocab_size = vocab_size

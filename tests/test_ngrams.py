@@ -115,7 +115,7 @@ def test_it_counts_the_first_epoch_once(counted, epoch, progress, rows):
     for _ in range(3):
         ngrams.watch(x[4:], y[4:], epoch, progress)
     alone.count(x[:rows], y[:rows])
-    assert (ngrams(x) == alone(x)).all() and not ngrams.seen
+    assert (ngrams(x) == alone(x)).all() and not ngrams.kept
 
 
 @pytest.mark.parametrize("length", range(1, 7))
