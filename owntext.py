@@ -21,10 +21,10 @@ from referee import printable
 from seal import COMPRESSED, TEXT_KINDS, text_kind
 
 BLOCK = 2**20               # characters read at once
-LONGEST = 2**22             # characters of a document; what is longer is cut
+LONGEST = 2**22             # characters of a document in a .txt or .md file; longer ones are cut
 SHARD_BYTES = 2**28         # of text in a shard
 ROW_GROUP_BYTES = 2**24     # of text that is in memory while a shard is written or read
-HELD_OUT_BYTES = 2**26      # of text kept for validation and for test, at most
+HELD_OUT_BYTES = 2**26      # of text kept for validation and for test; more is left out
 
 
 class NoText(Exception):
@@ -36,7 +36,7 @@ class TooLittle(Exception):
 
 
 def find_files(source):
-    """The files of text below a folder, hidden ones as macOS's ._* left out; or the file itself."""
+    """The files of text below a folder, except hidden ones (macOS's ._*); or the file itself."""
     if not source.is_dir():
         return [source] if text_kind(source) else []
     files = []
@@ -114,7 +114,7 @@ def file_documents(path, whole):
             case ".jsonl" | ".ndjson": yield from json_lines(path)
             case _: yield from plain_text(path, whole)
     except UnicodeDecodeError as error:
-        raise NoText(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise NoText(f"{path} is not UTF-8 text ({error.reason})") from None
     except KeyError:
         raise NoText(f"{path} has no column named text") from None
     except (pyarrow.ArrowException, OSError, EOFError, RecursionError) as error:
@@ -231,7 +231,8 @@ def split(source, folder, skip):
         except NoText as error:
             if not skip:
                 raise
-            print(printable(f"left out: {error}"))
+            what = "left out from there on" if found else "left out"
+            print(printable(f"{what}: {error}"))
     train.close()
     if count["empty"]:
         print(f"left out: rows or documents without text, {count['empty']:,} of them")

@@ -32,6 +32,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -50,7 +51,7 @@ from urllib.parse import urlparse
 
 from filelock import FileLock, Timeout
 
-from seal import seal
+from seal import TEXT_KINDS, seal, text_kind
 
 # ------------------------------------------------------------------------------------------------
 # Settings: the environment variables of the README
@@ -99,8 +100,6 @@ if not TIME_BUDGET > 0:
 # thread starts from then on.
 
 referees = []           # keeps the Popen objects: the pipes would close with them
-
-
 STALE = 60              # seconds after which a folder without a referee is nobody's
 
 
@@ -229,6 +228,9 @@ DATASETS = {dataset.name: dataset for dataset in (
     Dataset("sotu", 256, 8192, "sotu"),
 )}
 
+with suppress(OSError):             # a cache that can't be read is named later
+    machine.flash3_folder = next(CACHE.glob("flash3/*/torch*"), None)
+
 
 def device_class():
     """The key of this device in EVAL_BYTES."""
@@ -267,7 +269,7 @@ def write_file(path):
 
 
 def write_array(path, array):
-    """np.save(), but on a full disk its error does not say so."""
+    """np.save(), except that on a full disk the error says so."""
     header = np.lib.format.header_data_from_array_1_0(array)
     with write_file(path) as file:
         np.lib.format.write_array_header_1_0(file, header)
@@ -311,9 +313,6 @@ def progress_bar(**options):
         options |= dict(file=Lines(), mininterval=10, delay=10, ascii=True, ncols=80)
     return tqdm(leave=False, **options)
 
-with suppress(OSError):             # a cache that can't be read is named later
-    machine.flash3_folder = next(CACHE.glob("flash3/*/torch*"), None)
-
 # ------------------------------------------------------------------------------------------------
 # Download: resumed, retried, checked, and given its name only when it is complete
 
@@ -327,7 +326,8 @@ def download(url, path, bar=None):
     """
     Fetch `url` into `path` unless it is there. An interrupted download continues where it stopped.
 
-    Raises OSError (requests' errors are) if that fails, or if it isn't what the server announced.
+    Raises OSError (requests' errors are) or ValueError if that fails, or if it isn't what the
+    server announced.
     """
     import requests
     if path.exists():
@@ -344,7 +344,7 @@ def download(url, path, bar=None):
             # Only these of the 4xx may pass: timeout, wrong range, too many requests.
             permanent = 400 <= status < 500 and status not in (408, 416, 429)
             permanent |= isinstance(error, (requests.TooManyRedirects, ValueError))
-            # errno: our own disk's
+            # Only errors of our own disk have an errno.
             if permanent or error.errno or attempt == ATTEMPTS - 1 or wait > LONGEST_WAIT:
                 raise
             time.sleep(wait)
@@ -434,10 +434,10 @@ def fetch(url, path, bar=None):
         if size > length:                               # no more of it can make it right
             part.unlink()
         raise requests.ConnectionError(f"{size:,} of {length:,} bytes arrived")
-    for sha256 in announced_sha256(reply):
-        if file_sha256(part) != sha256:
-            part.unlink()
-            raise requests.ConnectionError("its sha256 is not the one that the server announced")
+    sha256 = announced_sha256(reply)
+    if sha256 and file_sha256(part) != sha256:
+        part.unlink()
+        raise requests.ConnectionError("its sha256 is not the one that the server announced")
     if path.suffix == ".parquet":
         check_parquet(part)
     os.replace(part, path)
@@ -445,18 +445,22 @@ def fetch(url, path, bar=None):
 
 
 def announced_sha256(reply):
-    """The file's sha256, if the server tells it, as Hugging Face does in a tag of its redirect."""
-    found = set()
+    """
+    The file's sha256 where Hugging Face tells it, on its redirect; else empty. The ETag of the
+    storage that it redirects to may be 64 hex digits too, but of another hash (Xet's).
+    """
     for answer in (*reply.history, reply):
-        for name in ("X-Linked-ETag", "ETag"):
-            tag = answer.headers.get(name, "").strip('"')
-            if len(tag) == 64:          # hex digits
-                found.add(tag)
-    return found
+        tag = answer.headers.get("X-Linked-ETag", "").strip('"')
+        if len(tag) == 64:              # 40 for a small file: a git hash
+            return tag
+    return ""
 
 
 def check_parquet(path):
-    """Raise OSError unless the file has a parquet footer and a column `text`."""
+    """
+    Delete the file unless it has a parquet footer, and then raise OSError, and a column `text`,
+    ValueError: fetching that one again would not help.
+    """
     import pyarrow
     import pyarrow.parquet
     try:
@@ -465,7 +469,8 @@ def check_parquet(path):
     except pyarrow.ArrowException as error:
         path.unlink()
         raise OSError(f"{path.name} is not a parquet file ({error})") from None
-    raise OSError(f"{path.name} has no column named text")
+    path.unlink()
+    raise ValueError("it has no column named text")
 
 
 def file_name(url):
@@ -497,6 +502,10 @@ def download_all(urls, folder, workers, command):
                     said += " (if the hub asks for an account, set HF_TOKEN)"
                 sys.exit(f"could not download {said}\n"
                          f"What has arrived is kept. To continue, run: {command}")
+            except KeyboardInterrupt:       # any other way out waits for the other downloads
+                print(f"\nstopped; what has arrived is kept. To continue, run: {command}",
+                      file=sys.stderr, flush=True)
+                os._exit(1)
     return paths
 
 # ------------------------------------------------------------------------------------------------
@@ -520,7 +529,7 @@ def parquet_documents(path, first=0, last=None):
             start = end
     except (pyarrow.ArrowException, OSError, KeyError) as error:
         sys.exit(f"{path} can't be read as a parquet file with a column named text: {error}\n"
-                 "If prepare.py downloaded it, delete it and run the same command again")
+                 "If prepare.py made it, delete it and run the same command again")
 
 
 def climbmix(dataset, num_shards, workers, command):
@@ -591,6 +600,9 @@ def own_text(dataset, num_shards, workers, command, skip):
     """A copy of the text in shards, made once by owntext.py. skip: leave out files without text."""
     import owntext
     if urlparse(dataset.url).scheme in ("http", "https"):
+        if not text_kind(Path(file_name(dataset.url))):
+            sys.exit(printable(f"--source {dataset.url}: its name has none of the endings "
+                               f"{', '.join(TEXT_KINDS)}"))
         [source] = download_all(
             [dataset.url], CACHE / dataset.name / "download", workers, command)
     else:
@@ -599,7 +611,8 @@ def own_text(dataset, num_shards, workers, command, skip):
     if not source.exists():
         sys.exit(printable(f"--source {source}: no such file or folder"))
     copied = read_json(folder / "shards.json", {})
-    if copied.get("state") != state:
+    whole = all((folder / name).exists() for name in copied.get("names", {}).values())
+    if copied.get("state") != state or not whole:
         shutil.rmtree(folder, ignore_errors=True)
         try:
             paths = owntext.split(source, folder, skip)
@@ -648,8 +661,11 @@ def train_tokenizer(documents, vocab_size):
     return tokens
 
 
-def load_tokenizer(folder):
-    """The tiktoken.Encoding that prepare.py stored in `folder`; its last token is BOS."""
+def load_tokenizer(folder, remedy="run: uv run prepare.py"):
+    """
+    The tiktoken.Encoding that prepare.py stored in `folder`; its last token is BOS. Exits if the
+    file is corrupted, and says what helps after its folder is deleted.
+    """
     import tiktoken
     path = folder / "tokenizer.b64"
     try:
@@ -659,7 +675,7 @@ def load_tokenizer(folder):
         return tiktoken.Encoding(folder.name, pat_str=SPLIT_PATTERN, mergeable_ranks=ranks,
                                  special_tokens={BOS: len(tokens)})
     except ValueError as error:
-        sys.exit(f"{path} is corrupted ({error}); delete {folder} and run: uv run prepare.py")
+        sys.exit(f"{path} is corrupted ({error}); delete {folder}, and {remedy}")
 
 # ------------------------------------------------------------------------------------------------
 # Token shards: NAME.npy holds a shard's tokens (uint16, without BOS), NAME.offsets.npy where each
@@ -737,8 +753,8 @@ def choose(arguments):
         url = arguments.source
         if "://" not in url:
             url = str(Path(url).expanduser().absolute())
-        digest = hashlib.sha256(url.encode()).hexdigest()[:6]
-        stem = re.sub(r"[^\w.-]", "_", Path(urlparse(url).path).stem)
+        digest = hashlib.sha256(os.fsencode(url)).hexdigest()[:6]
+        stem = re.sub(r"[^\w.-]", "_", Path(urlparse(url).path).stem, flags=re.ASCII)
         own = f"own-{stem}-{digest}"
         name = arguments.dataset or default_dataset()[0]
         dataset = replace(DATASETS[name], name=own, url=url)
@@ -751,19 +767,22 @@ def choose(arguments):
         name, reason = default_dataset()
         dataset, why = DATASETS[name], f"{reason}; --dataset chooses another"
     if prepared and prepared.name == dataset.name and arguments.dataset in (None, prepared.recipe):
-        dataset = prepared          # its shards and its size of the evaluated text are known
+        dataset = prepared          # what was chosen for it is known, until another one is made
     eval_bytes = arguments.eval_bytes or dataset.eval_bytes
     eval_bytes = eval_bytes or EVAL_BYTES[dataset.recipe][device_class()]
     return replace(dataset, eval_bytes=eval_bytes), why
 
 
-def state_of(url):
-    """A digest of names, sizes and times of the files below a path; empty if nothing is there."""
-    if not url:
+def state_of(source):
+    """
+    A digest of names, sizes and times of the texts at or below a path; empty if it is a URL or
+    nothing is there.
+    """
+    if not source:
         return ""
     stats = []
-    for path in sorted([Path(url), *Path(url).rglob("*")]):
-        if path.is_file():
+    for path in sorted([Path(source), *Path(source).rglob("*")]):
+        if text_kind(path) and path.is_file():
             stats.append(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}")
     if not stats:
         return ""
@@ -771,7 +790,10 @@ def state_of(url):
 
 
 def prepare(dataset, vocab_size, num_shards, workers, command, skip=False):
-    """Download, train the tokenizer, tokenize, unless that is done. Returns whether it was not."""
+    """
+    Download, train the tokenizer, tokenize, unless that is done. Returns whether there was anything
+    to do.
+    """
     folder = folder_of(dataset, vocab_size)
     state = state_of(dataset.url)
     manifest = read_json(folder / "manifest.json", {})
@@ -808,7 +830,7 @@ def prepare(dataset, vocab_size, num_shards, workers, command, skip=False):
                 file.write(base64.b64encode(token) + b"\n")
         print(f"tokenizer: {vocab_size:,} tokens, trained in {time.monotonic() - start:.1f} s")
 
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, f"run: {command}")
     manifest["tokenizer"] = {"sha256": file_sha256(tokenizer_file)}
     write_json(folder / "manifest.json", manifest)
     for name, read in shards.items():
@@ -855,8 +877,8 @@ def parse_arguments():
     add("--workers", metavar="N", type=int, default=cores, help="threads (default: one per core)")
     arguments = parser.parse_args()
     num_shards, eval_bytes = arguments.num_shards, arguments.eval_bytes
-    if num_shards is not None and not 1 <= num_shards < CLIMBMIX_LAST - 1:
-        sys.exit(f"--num-shards {num_shards} is not between 1 and {CLIMBMIX_LAST - 2}")
+    if num_shards is not None and not 1 <= num_shards < CLIMBMIX_LAST:
+        sys.exit(f"--num-shards {num_shards} is not between 1 and {CLIMBMIX_LAST - 1}")
     if eval_bytes is not None and eval_bytes < 1:
         sys.exit(f"--eval-bytes {eval_bytes} is not a number of bytes above 0")
     if arguments.workers < 1:
@@ -866,7 +888,7 @@ def parse_arguments():
 
 def main():
     arguments = parse_arguments()
-    command = " ".join(["uv run prepare.py", *sys.argv[1:]])
+    command = shlex.join(["uv", "run", "prepare.py", *sys.argv[1:]])
     try:
         CACHE.mkdir(parents=True, exist_ok=True)
         with FileLock(CACHE / "prepare.lock", timeout=0):
@@ -1061,13 +1083,13 @@ class TrainingLog:
         value = (previous or self.pending)()
         # Guessing costs log(vocab_size) nats; three times that, or NaN, does not come back.
         if not value < 3 * math.log(self.run.vocab_size):
-            sys.exit(f"FAIL: the training loss is {value:.2f} at step {step}: "
+            sys.exit(f"FAIL: the training loss is {value:.2f} at step {max(0, step - 1)}: "
                      "lower the learning rates")
         self.smooth += (value - self.smooth) * max(0.05, 1 / (step + 1))    # over about 20 steps
         now, terminal = time.monotonic(), sys.stdout.isatty()
         if now - self.shown > (0.2 if terminal else 10):
             self.shown = now
-            # both of the steps before this one: this one is not over
+            # Both figures are without this step, which is not over.
             tokens = self.run.tokens * (1 - 1 / self.run.handed)
             elapsed = max(self.run.progress * TIME_BUDGET, 1e-3)
             print(f"step {step:5d}  {100 * self.run.progress:3.0f}%  loss {self.smooth:.3f}  "
@@ -1101,7 +1123,8 @@ def print_summary(run, numbers, line):
         "seed": seed,
         "startup_seconds": line["startup_seconds"],
         "evaluation_seconds": line["evaluation_seconds"],
-        "attention": numbers["attention"] + ("" if numbers["compiled"] else ", not compiled"),
+        "attention": f"{numbers['attention']} in {numbers['dtype']}"
+                     + ("" if numbers["compiled"] else ", not compiled"),
         "sealed": "yes" if line["sealed"] else "no",
     }
     load, words = line["machine"] or {}, []
@@ -1136,7 +1159,7 @@ def not_prepared(run, what):
     """Exit with the command that makes what a run is missing."""
     dataset = run.dataset.name
     if dataset not in DATASETS:
-        dataset = f"{run.dataset.recipe} --source {run.dataset.url}"
+        dataset = f"{run.dataset.recipe} --source {shlex.quote(run.dataset.url)}"
     sys.exit(f"{run.dataset.name} is not prepared with a vocabulary of {run.vocab_size} ({what} is "
              f"missing or corrupted in {run.folder}); "
              f"run: uv run prepare.py --dataset {dataset} --vocab-size {run.vocab_size}")
@@ -1216,10 +1239,12 @@ class Run:
         if self.device.type == "cuda":
             properties = torch.cuda.get_device_properties(self.device)
             name, uuid = properties.name, str(getattr(properties, "uuid", ""))
+        self.started = time.monotonic() - (age(psutil.Process()) if BOUNDARY else 0)
         message = "start", self.vocab_size, self.device.type, name, torch.__version__, uuid
         # Before its answer the referee may wait for another run to end.
         answer = self.ask(*message, timeout=None if WAIT else ANSWER_TIME)
-        _, self.device_name, self.prepare_changed, self.waited = answer
+        _, self.device_name, self.prepare_changed, waited = answer
+        self.started += waited
 
     def __enter__(self):
         machine.keep_freed_memory()
@@ -1227,8 +1252,8 @@ class Run:
         random.seed(SEED)
         np.random.seed(SEED % 2**32)
         torch.manual_seed(SEED)
-        spent = age(psutil.Process()) if BOUNDARY else 0
-        faulthandler.dump_traceback_later(max(1, HARD_LIMIT - spent + self.waited), exit=True)
+        left = HARD_LIMIT - (time.monotonic() - self.started)
+        faulthandler.dump_traceback_later(max(1, left), exit=True)
         signal.signal(signal.SIGTERM, on_sigterm)
         print(f"dataset: {self.dataset.name}, vocabulary {self.vocab_size:,}, "
               f"context {self.context}, seed {SEED}")
@@ -1286,7 +1311,8 @@ class Run:
             if self.device.type == "cuda":
                 queued.append(torch.cuda.Event())       # done when this step is
                 queued[-1].record()
-                if len(queued) > 1:         # this step stays queued: no idle device (in bfloat16)
+                # One step stays queued, so the device never idles. (In float16, GradScaler waits.)
+                if len(queued) > 1:
                     queued.pop(0).synchronize()
             else:
                 synchronize(self.device)
@@ -1336,11 +1362,13 @@ class Run:
         flops_per_token: of training, for the MFU (model FLOPs utilization).
         """
         memory = machine.peak_memory(self.device)
-        peak = machine.peak_flops(self.device, machine.compute_dtype(self.device))
+        dtype = machine.compute_dtype(self.device)
+        peak = machine.peak_flops(self.device, dtype)
         mfu = flops_per_token * self.tokens / self.training_seconds / peak
         numbers = {"num_steps": num_steps, "num_params": num_params, "depth": depth,
                    "mfu_percent": round(100 * mfu, 2), "peak_vram_mb": round(memory / 2**20, 1),
-                   "reseeded": reseeded(self.device), **machine.chosen}
+                   "reseeded": reseeded(self.device), **machine.chosen,
+                   "dtype": str(dtype).removeprefix("torch.")}
         _, line, best = self.ask("report", numbers)
         self.reported = True
         print_summary(self, numbers, line)

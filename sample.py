@@ -21,29 +21,44 @@ from record import kept_models
 from seal import seal
 
 CONTROL = bytes(set(range(32)) - set(b"\n\t"))      # characters that may steer a terminal
+
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 parser.add_argument("text", nargs="?", default="")
 parser.add_argument("--commit", default="", help="another model that is kept")
 parser.add_argument("--tokens", type=int, default=200)
 parser.add_argument("--temperature", type=float, default=0.8)
 parser.add_argument("--bpb", metavar="FILE", type=Path)
-arguments, sys.stdout = parser.parse_args(), sys.stderr         # messages go there
+arguments = parser.parse_args()
+sys.stdout = sys.stderr         # for what the agent's code prints; the text goes to descriptor 1
 if arguments.bpb and not arguments.bpb.is_file():
     sys.exit(f"there is no file {arguments.bpb}")
 text = arguments.bpb.read_bytes() if arguments.bpb else arguments.text.encode()
-models = kept_models(prepare.CACHE / "models", prepare.chosen_dataset().name, arguments.commit)
-run, *_ = models or sys.exit(f"no model {arguments.commit} is kept; run: uv run train.py")
-path, context, device = run["path"], run["context"], prepare.default_device()
+
+dataset = prepare.chosen_dataset().name
+models = kept_models(prepare.CACHE / "models", dataset, arguments.commit)
+if not models:
+    which = arguments.commit or f"of {dataset}"
+    sys.exit(f"no model {which} is kept; train.py keeps the best ones")
+run = models[0]
+path, context = run["path"], run["context"]
 print("{commit}, val_bpb {val_bpb:.6f}: {description}".format(**run))
-tokenizer, weights = prepare.load_tokenizer(path), load_file(path / "weights.safetensors")
-bos, tokens = tokenizer.n_vocab - 1, tokenizer.encode_ordinary(text.decode(errors="replace"))
-train, program = {"__name__": "train"}, (path / "train.py").read_bytes()
+tokenizer = prepare.load_tokenizer(path, "another good run will be kept")
+weights = load_file(path / "weights.safetensors")
+program = (path / "train.py").read_bytes()
+bos = tokenizer.n_vocab - 1
+tokens = tokenizer.encode_ordinary(text.decode(errors="replace"))
+
+# The agent's code: sealed as in its run. prepare.sweep() of a later run removes the folder.
 seal(Path(__file__).resolve(), prepare.CACHE, Path(tempfile.mkdtemp(prefix="autoresearch-")))
 torch.compiler.set_stance("force_eager")            # compiling takes longer than writing a page
-exec(compile(program, "train.py", "exec"), train)   # the agent's code: sealed as in its run
-h = train["RECIPES"][run["recipe"]] | {"vocab_size": run["vocab_size"]}
-model = train["build"](SimpleNamespace(**h), context, device)[0].eval().requires_grad_(False)
+train = {"__name__": "train"}
+exec(compile(program, "train.py", "exec"), train)
+h = SimpleNamespace(**train["RECIPES"][run["recipe"]] | {"vocab_size": run["vocab_size"]})
+device = prepare.default_device()
+model, _ = train["build"](h, context, device)
+model.eval().requires_grad_(False)
 model.load_state_dict(weights)
+
 if arguments.bpb:
     nats = 0.0
     for piece in torch.tensor(tokens, dtype=torch.int64).split(context):

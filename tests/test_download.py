@@ -6,9 +6,11 @@ import http.server
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pyarrow
 import pyarrow.parquet
@@ -57,7 +59,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send_error(404)
         if fault == "hang up":
             return self.connection.close()
-        tag = server.tag or f'"{hashlib.sha256(body).hexdigest()}"'
+        # The tag is a hash, but not the sha256 of the bytes, as in the storage behind the hub.
+        tag = server.tag or f'"{hashlib.sha3_256(body).hexdigest()}"'
         asked = self.headers.get("Range")
         server.ranges.append(asked)
         start = 0
@@ -66,6 +69,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             start = int(asked.removeprefix("bytes=").removesuffix("-"))
         part = body[start:]
         headers = {"Content-Length": len(part), "ETag": tag}
+        if not self.path.startswith("/storage/"):
+            headers["X-Linked-ETag"] = f'"{hashlib.sha256(body).hexdigest()}"'
         if start:
             first = start + (fault == "other range")
             headers["Content-Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"
@@ -125,6 +130,7 @@ def test_a_download_broken_off_twice_goes_on_where_it_stopped(server, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin"]
 
 
+SHA256 = f'"{hashlib.sha256(BODY).hexdigest()}"'
 OLD_DATE = "Wed, 21 Oct 2015 07:28:00 GMT"
 
 
@@ -134,15 +140,17 @@ OLD_DATE = "Wed, 21 Oct 2015 07:28:00 GMT"
     ["no length"], ["no length, cut"], ["too long"], ["gzip"], ["cut", "gzip"], ["chunked"],
     ["chunked, cut"], [(503, {"Retry-After": "30"})], [(429, {"Retry-After": OLD_DATE})],
     [(429, {"Retry-After": "soon"})], [(302, {"Location": "/b.bin"})],
+    [(302, {"Location": "/storage/a.bin", "X-Linked-ETag": SHA256})],
+    [(302, {"Location": "/storage/a.bin", "X-Linked-ETag": SHA256}), "wrong bytes"],
     [(307, {"Location": "http://localhost:{port}/b.bin"}), "cut"]], ids=str)
 def test_fault_that_passes_ends_with_the_right_bytes(faults, server, tmp_path, monkeypatch):
     """Each at the first request, or at one after the other."""
     monkeypatch.setattr(prepare, "TIMEOUT", 0.5)
-    server.files |= {"/a.bin": BODY, "/b.bin": BODY}
+    server.files |= {"/a.bin": BODY, "/b.bin": BODY, "/storage/a.bin": BODY}
     for fault in faults:
         if isinstance(fault, tuple) and "Location" in fault[1]:
             where = fault[1]["Location"].format(port=server.server_port)
-            fault = fault[0], {"Location": where}
+            fault = fault[0], fault[1] | {"Location": where}
         server.faults.append(fault)
     prepare.download(server.url + "/a.bin", tmp_path / "a.bin")
     assert (tmp_path / "a.bin").read_bytes() == BODY
@@ -162,6 +170,7 @@ def test_fault_that_passes_ends_with_the_right_bytes(faults, server, tmp_path, m
     ("a.bin", [(302, {"Location": "/a.bin"})] * 40, "redirects"),
     ("a.bin", [(302, {"Location": "http://[broken"})], "a.bin"),
     ("a.bin", ["cut"] * 6, "the connection broke"),
+    ("a.bin", ["wrong bytes"] * 6, "its sha256 is not the one"),
     ("cut.parquet", [], "not a parquet file"),
     ("page.parquet", [], "not a parquet file"),
     ("a%2f..%2fb\x1b[31m.bin", [404], r"b%1B\[31m.bin|b\\x1b\[31m.bin")], ids=str)
@@ -252,6 +261,33 @@ def test_a_web_page_instead_of_parquet_is_refused(server, tmp_path):
     with pytest.raises(OSError, match="not a parquet"):
         prepare.download(server.url + "/a.parquet", tmp_path / "a.parquet")
     assert not (tmp_path / "a.parquet").exists()
+
+
+def test_a_file_without_texts_is_fetched_once(server, tmp_path):
+    server.files["/a.parquet"] = parquet(["text"]).replace(b"text", b"next")
+    with pytest.raises(SystemExit, match="a.parquet: it has no column named text"):
+        prepare.download_all([server.url + "/a.parquet"], tmp_path, 1, "uv run prepare.py")
+    assert server.ranges == [None] and not (tmp_path / "a.parquet.part").exists()
+
+
+def test_ctrl_c_ends_the_downloads_at_once(server, tmp_path):
+    """Not after those that are going on, which here take half a minute each."""
+    server.files |= {f"/{n}.bin": BODY for n in range(9)}
+    server.faults = ["stall"] * 9
+    urls = [f"{server.url}/{n}.bin" for n in range(9)]
+    code = f"import prepare; prepare.download_all({urls}, prepare.Path({str(tmp_path)!r}), 2, 'it')"
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for _ in range(600):
+        if list(tmp_path.glob("*.part")):
+            break
+        server.stopped.wait(0.1)
+    child.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    said, _ = child.communicate(timeout=60)
+    assert time.monotonic() - start < 5 and child.returncode == 1
+    assert "stopped; what has arrived is kept. To continue, run: it" in said
+    assert "Traceback" not in said and list(tmp_path.glob("*.part"))
 
 
 def parquet(texts):

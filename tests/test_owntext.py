@@ -125,7 +125,8 @@ def test_a_file_without_text_is_named_and_left_out_if_asked(kind, words, tmp_pat
     with pytest.raises(owntext.NoText, match=words):
         owntext.split(source, tmp_path / "copy", skip=False)
     paths = owntext.split(source, tmp_path / "copy", skip=True)
-    assert f"left out: {source}/bad" in capsys.readouterr().out
+    what = "left out from there on" if kind == "bad json" else "left out"
+    assert f"{what}: {source}/bad" in capsys.readouterr().out
     copied = [text for path in paths.values() for text in prepare.parquet_documents(path)]
     assert set(TEXTS) <= set(copied) and len(copied) <= len(TEXTS) + 1
 
@@ -204,6 +205,23 @@ prepare.main()
     assert child.returncode == -9
     assert prepare_own(source, tmp_path / "cache").returncode == 0
     assert sorted(sum(documents_of(tmp_path / "cache").values(), [])) == sorted(TEXTS)
+
+
+def test_a_copy_that_has_lost_a_file_is_made_again(tmp_path):
+    source, cache = tmp_path / "mine.jsonl", tmp_path / "cache"
+    source.write_text(jsonl(TEXTS))
+    assert prepare_own(source, cache).returncode == 0
+    [copy] = cache.glob("own-*/text/val.parquet")
+    copy.unlink()
+    again = program("prepare.py", "--source", source, "--vocab-size", 290,
+                    AUTORESEARCH_CACHE_DIR=cache)
+    assert again.returncode == 0 and copy.exists(), again.stdout
+
+
+def test_a_name_that_says_nothing_of_its_kind_is_not_downloaded(tmp_path):
+    result = program("prepare.py", "--source", "http://localhost:9/file?id=5",
+                     AUTORESEARCH_CACHE_DIR=tmp_path)
+    refused(result, "http://localhost:9/file?id=5: its name has none of the endings .parquet")
 
 
 def test_the_vocabulary_that_was_prepared_is_the_one_that_train_py_takes(tmp_path, monkeypatch):
