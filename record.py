@@ -23,7 +23,7 @@ from filelock import FileLock
 
 INTERVAL = 3            # seconds between two points of a curve
 NO_CURVES = 5           # a run of fewer seconds has none
-MODELS = 5              # that are kept, the newest ones
+MODELS = 5              # kept at most: the best of each text and machine, then the newest
 MODELS_BYTES = 4 * 2**30            # that their weights take at most
 
 # ------------------------------------------------------------------------------------------------
@@ -107,11 +107,13 @@ def last_kept(folder, journal, line):
             return None
         found = None
         for text in journal.read_text("utf-8").splitlines():
-            with suppress(ValueError, AttributeError, RecursionError):
+            with suppress(ValueError, AttributeError, KeyError, TypeError, RecursionError):
                 other = json.loads(text)
                 same = all(other.get(key) == line[key]
                            for key in ("device", "time_budget", "dataset", "val_text_sha256"))
-                if same and other.get("train_loss") and kept[-1].startswith(other["commit"]):
+                commit = not other.get("dirty") and other["commit"]
+                same &= bool(commit) and commit[:7] == kept[-1][:7]
+                if same and other.get("train_loss"):
                     if found is None or other["seed"] == line["seed"] or (
                             found["seed"] != line["seed"]):
                         found = other
@@ -144,7 +146,7 @@ def gradient_norms(optimizer):
 
 
 def timed(step, x, y, device):
-    """Seconds of step(x, y) before backward(), in it, and after it; fewer or more without one."""
+    """Seconds of step(x, y) before backward(), in it, and after it, if it calls that once."""
     import torch
 
     import machine
@@ -170,7 +172,7 @@ def timed(step, x, y, device):
 
 
 def print_details(run, numbers, line):
-    """What helps to have the next idea, after the summary: four or five lines."""
+    """Print after the summary what may help with the next idea: five lines at most."""
     details = {"epochs": line["epochs"]}
     losses = [("train_loss", line["train_loss"], "nats at 1/4, 1/2, 3/4 and the end")]
     if "kept" in line:
@@ -254,8 +256,9 @@ def keep_model(folder, weights, program, tokenizer, record):
     part = Path(tempfile.mkdtemp(prefix="part-", dir=folder))
     try:
         # train.py's process has made that file: no link to what only the referee may read.
-        descriptor = os.open(weights, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) |
-                             getattr(os, "O_BINARY", 0))
+        # Nor a pipe, which would wait for a writer.
+        flags = [getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY")]
+        descriptor = os.open(weights, os.O_RDONLY | sum(flags))
         with FileLock(folder / "lock", timeout=60), open(descriptor, "rb") as source:
             about = os.fstat(descriptor)
             if not stat.S_ISREG(about.st_mode) or about.st_size > MODELS_BYTES:

@@ -31,7 +31,7 @@ import threading
 import time
 from bisect import bisect_left, insort
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -42,12 +42,10 @@ if __name__ == "__main__":      # python -I leaves out this folder; at the end i
     sys.path.append(str(Path(__file__).parent))
 
 import record
+from seal import HARNESS
 
 # ------------------------------------------------------------------------------------------------
 # Constants
-
-# The files that decide what a number means. Nobody edits them during research.
-HARNESS = "prepare.py", "machine.py", "ngrams.py", "referee.py", "record.py", "seal.py"
 
 COMPARABLE_BUDGET = 300     # seconds of training; a run with another budget is marked as such
 EXTRA_TIME = 300            # seconds for all the rest: a plain run ends within ten minutes
@@ -107,7 +105,8 @@ def checked_shard(folder, name, entry):
         found = [file_sha256(folder / f"{name}{end}") for end in (".npy", ".offsets.npy")]
         if found == [entry["sha256"], entry["offsets_sha256"]]:
             return open_shard(folder, name, entry)
-    sys.exit(f"FAIL: {folder / name}.npy is corrupted; delete {folder} and run: uv run prepare.py")
+    sys.exit(f"FAIL: {folder / name}.npy is corrupted; delete {folder} and run: "
+             f"uv run prepare.py --vocab-size {folder.name.removeprefix('vocab-')}")
 
 
 def token_bytes(folder):
@@ -520,7 +519,7 @@ class Draft:
 def adopt_drafts(cache):
     """Write the lines of runs whose referee is gone, unless it had just done so itself."""
     for path in (cache / "running").glob("*.json"):
-        with suppress(OSError, Timeout), FileLock(path.with_suffix(".lock"), timeout=0):
+        with suppress(OSError), FileLock(path.with_suffix(".lock"), timeout=0):
             try:
                 line = dict(json.loads(path.read_bytes()))
             except (ValueError, TypeError):             # the power went while it was written
@@ -549,6 +548,22 @@ def harness_changed(folder):
         if committed and committed != (folder / name).read_bytes():
             return True
     return False
+
+
+def source(program):
+    """What a run is made of, for its journal line. program: the bytes of its train.py."""
+    here = Path(__file__).parent
+    # program.md belongs to the human, who may edit it at any time.
+    paths = ".", ":!program.md"
+    changes = git(here, "status", "--porcelain", "--untracked-files=no", *paths)
+    commit = git(here, "rev-parse", "--short", "HEAD").decode().strip()
+    return {
+        "commit": commit,
+        "dirty": bool(changes) if commit else None,
+        "train_sha256": hashlib.sha256(program).hexdigest() if program else None,
+        **{f"{Path(name).stem}_sha256": file_sha256(here / name) for name in HARNESS},
+        "prepare_changed": harness_changed(here),
+    }
 
 
 def processor():
@@ -580,6 +595,15 @@ def first_statement(text):
 
 # ------------------------------------------------------------------------------------------------
 # The device: two runs on one ruin each other, and other work on its cores slows a run down
+
+def most_seconds(budget, step):
+    """
+    Seconds that training may take, where a step takes so many: the budget, 2% of it and a step. At
+    least half a second more than the budget, since a machine may hiccup, and 2% at most for the
+    step, or a run of one long step would always pass.
+    """
+    return budget + max(OVERRUN * budget, 0.5) + min(step, OVERRUN * budget)
+
 
 def cores_of(process):
     """The cores that a process may run on."""
@@ -632,7 +656,10 @@ def gpu_clocks(uuid):
 
 
 def awake():
-    """The clock of a run, in seconds: time.monotonic(), which on Windows goes on in sleep."""
+    """
+    The clock of a run, in seconds. It stands still in sleep, as time.monotonic() does except on
+    Windows.
+    """
     windows = getattr(ctypes, "windll", None)
     if windows is None:
         return time.monotonic()
@@ -642,7 +669,9 @@ def awake():
 
 
 def asleep():
-    """Seconds that the machine was asleep, plus a constant; on macOS, also what a clock was set."""
+    """
+    Seconds that the machine was asleep, plus a constant; on macOS a change of the clock counts too.
+    """
     if hasattr(time, "CLOCK_BOOTTIME"):
         return time.clock_gettime(time.CLOCK_BOOTTIME) - awake()
     return (time.monotonic() if sys.platform == "win32" else time.time()) - awake()
@@ -656,7 +685,8 @@ def age(process):
 class DeviceLocks:
     """
     Locks on what a run trains on, each a file that the kernel unlocks when its holder is gone.
-    They lie in the folder for temporary files, which all clones, caches and users have in common.
+    They lie in the folder for temporary files: all clones and caches have it in common, on Linux
+    all users too.
     """
 
     def __init__(self, keys):
@@ -807,8 +837,13 @@ class Referee:
         self.budget = settings["budget"]
         self.verified = "sandbox" in settings
         self.process = psutil.Process(settings["pid"])
+        self.program = Path(settings["program"])
+        self.text = self.program.read_bytes() if self.program.is_file() else b""
+        self.source = source(self.text)                 # now: soon an agent may edit or commit
+        subject = git(self.program.parent, "log", "-1", "--format=%s").decode(errors="replace")
+        self.subject = printable(subject.strip())
         self.started = awake()
-        if Path(settings["program"]).name == "train.py":        # not a test or benchmark.py
+        if self.program.name == "train.py":             # not a test or benchmark.py
             self.started -= age(self.process)
         self.limit = self.budget + EXTRA_TIME
         if self.verified:
@@ -820,7 +855,7 @@ class Referee:
         self.curves, self.loss_curve = None, []             # of training: (progress, nats)
         turns = os.environ.get("AUTORESEARCH_TURNS")        # pair.py
         self.turns = Turns(turns) if turns else None
-        self.pool = ThreadPoolExecutor(os.cpu_count())
+        self.pool = ThreadPoolExecutor(len(cores_of(self.process)))
         self.alive = FileLock(Path(self.scratch, "lock"))       # by it, prepare.sweep() knows
         self.alive.acquire()
 
@@ -861,13 +896,13 @@ class Referee:
 
     def end(self, failure):
         """Write the journal line, once. A failed run has no number in it."""
-        if self.line and not self.done:
+        done, self.done = self.done, True
+        if self.line and not done:
             if failure:
                 self.line.pop("val_bpb", None)
                 self.line.pop("test_bpb", None)
             self.line |= {"failure": failure, "total_seconds": round(self.seconds(), 1)}
             self.draft.finish(self.line)
-        self.done = True
 
     def seconds(self):
         """Seconds since the process was started."""
@@ -877,7 +912,7 @@ class Referee:
         """The next message of a channel. Kills the run and exits past its hard limit."""
         too_long = f"still running after the hard limit of {self.limit:.0f} s"
         while (message := channel.receive(1)) == ["late"]:
-            # At the limit the process ends itself (faulthandler in prepare.py); 5 s later it hangs.
+            # At the limit the process ends itself (faulthandler in prepare.py), unless it hangs.
             if self.seconds() > self.limit + 5:
                 for process in self.processes():
                     with suppress(psutil.NoSuchProcess):
@@ -911,6 +946,25 @@ class Referee:
         with suppress(psutil.NoSuchProcess):
             family += self.process.children(recursive=True)
         return [process for process in family if process.pid != os.getpid()]
+
+    @contextmanager
+    def suspended(self):
+        """
+        Stop train.py's processes in the block: by locks on shared files they could pass notes to
+        the copies.
+        """
+        stopped = []
+        try:
+            while new := [process for process in self.processes() if process not in stopped]:
+                stopped += new
+                for process in new:
+                    with suppress(psutil.Error):
+                        process.suspend()
+            yield
+        finally:
+            for process in stopped:
+                with suppress(psutil.Error):
+                    process.resume()
 
     def is_alive(self):
         """Whether train.py's process still exists."""
@@ -953,34 +1007,29 @@ class Referee:
             self.channel.send("missing", missing)
             return
 
-        program = Path(self.settings["program"])
-        waited = self.take_device(program, device, gpu)
-        text = program.read_bytes() if program.is_file() else b""
+        waited = self.take_device(device, gpu)
         device = name or f"{device} ({processor()})"
-        line = self.description(dataset, text, device, torch_version)
+        line = self.description(dataset, device, torch_version)
         try:
             adopt_drafts(self.cache)
             self.draft, self.line = Draft(self.cache, line), line
         except OSError as error:
             sys.exit(f"FAIL: {self.cache} can't be written ({error.strerror or error}), and the "
                      "journal is there: make room or get permission to write, then run again")
-        if self.is_sealed and first_statement(text) != "import prepare":
+        if self.is_sealed and first_statement(self.text) != "import prepare":
             sys.exit("FAIL: `import prepare` must be the first statement of train.py: "
                      "from there on the text is sealed")
-        self.program, self.text = program, text
-        subject = git(program.parent, "log", "-1", "--format=%s").decode(errors="replace")
-        self.subject = printable(subject.strip())
-        if program.name == "train.py" and self.budget >= record.NO_CURVES:
+        if self.program.name == "train.py" and self.budget >= record.NO_CURVES:
             name = record.folder_name(line, self.subject)
             self.curves = record.Curves(self.cache / "curves" / name)
         self.channel.send("started", self.line["device"], self.line["prepare_changed"], waited)
 
-    def take_device(self, program, kind, gpu):
+    def take_device(self, kind, gpu):
         """
         Lock the GPU or the cores of the run. Returns the seconds that it waited, which do not
         count. Exits if another run has them, unless AUTORESEARCH_WAIT says to wait.
         """
-        if program.name != "train.py":                  # a test or benchmark.py
+        if self.program.name != "train.py":             # a test or benchmark.py
             return 0
         if self.turns and self.turns.mine == "1":       # the other one has them
             return 0
@@ -988,7 +1037,7 @@ class Referee:
             f"cpu-{core}" for core in cores_of(self.process)]
         keys = ["".join(c for c in key if c.isalnum() or c == "-") for key in keys]
         self.locks = DeviceLocks(keys)
-        holder = {"program": str(program), "pid": self.process.pid,
+        holder = {"program": str(self.program), "pid": self.process.pid,
                   "since": time.strftime("%H:%M:%S on %Y-%m-%d")}
         start, patience = awake(), LEAVING
         try:
@@ -1015,7 +1064,7 @@ class Referee:
         Processor seconds so far: of this run, of all on its cores, and taken by the host. Looking
         for children that are at work takes 1 ms.
         """
-        with suppress(psutil.Error):
+        with suppress(psutil.Error, IndexError):        # where a CPU is offline, numbers have gaps
             mine = psutil.Process().cpu_times()
             return np.array([self.cpu_seconds(children) + mine.user + mine.system,
                              *core_seconds(cores_of(self.process))])
@@ -1038,25 +1087,12 @@ class Referee:
                 return shard
         return None
 
-    def description(self, dataset, text, device, torch_version):
-        """What is known of the run at its start, as a journal line. text: of the program, bytes."""
-        here = Path(__file__).parent
-        # program.md belongs to the human, who may edit it at any time.
-        paths = ".", ":!program.md"
-        changes = git(here, "status", "--porcelain", "--untracked-files=no", *paths)
-        commit = git(here, "rev-parse", "--short", "HEAD").decode().strip()
+    def description(self, dataset, device, torch_version):
+        """What is known of the run at its start, as a journal line."""
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "run": secrets.token_hex(8),
-            "commit": commit,
-            "dirty": bool(changes) if commit else None,
-            "train_sha256": hashlib.sha256(text).hexdigest() if text else None,
-            "prepare_sha256": file_sha256(here / "prepare.py"),
-            "referee_sha256": file_sha256(here / "referee.py"),
-            "seal_sha256": file_sha256(here / "seal.py"),
-            "machine_sha256": file_sha256(here / "machine.py"),
-            "ngrams_sha256": file_sha256(here / "ngrams.py"),
-            "prepare_changed": harness_changed(here),
+            **self.source,
             "dataset": dataset["name"],
             "vocab_size": self.vocab_size,
             "context": self.context,
@@ -1157,7 +1193,7 @@ class Referee:
         self.line["startup_seconds"] = round(self.seconds(), 1)
         self.line["startup_cpu_seconds"] = round(self.cpu_seconds(), 1)
         self.load_before, self.asleep_before = self.load(), asleep()
-        self.last_point = awake(), 0, self.load(children=False)
+        self.last_point = awake(), 0, self.load(children=self.verified)
         self.clocks = {}
         threading.Thread(target=self.note_clocks, daemon=True).start()
         self.first_batch = awake()
@@ -1206,7 +1242,8 @@ class Referee:
             return
         self.loss_curve.append(((awake() - self.first_batch) / self.budget, loss))
         if self.curves:
-            now, load = awake(), self.load(children=False)
+            # In a sandbox, train.py's process is a child of the one that is known.
+            now, load = awake(), self.load(children=self.verified)
             before, tokens, load_before = self.last_point
             self.last_point = now, self.tokens, load
             seconds = max(now - before, 1e-3)
@@ -1236,12 +1273,9 @@ class Referee:
         self.line["asleep"] = max(0, round(asleep() - self.asleep_before))
         self.line["machine"] = self.clocks | machine_share(
             *(self.load() - self.load_before), training * len(cores_of(self.process)))
-        # At least half a second is allowed: 2% of a short budget is less than a machine's hiccup.
-        # A step counts up to a tenth of the budget, or a run of one long step would always pass.
-        step = min(training / self.handed, 0.1 * self.budget)
-        allowed = self.budget + max(OVERRUN * self.budget, 0.5) + step
+        allowed = most_seconds(self.budget, training / self.handed)
         if self.verified:
-            model_folder = tempfile.TemporaryDirectory()
+            model_folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
             model = self.copied_model(model_folder.name)
             # Copying runs code of train.py, so what exceeds COPY_TIME counts as training.
             training = max(training, awake() - self.first_batch - COPY_TIME)
@@ -1259,7 +1293,7 @@ class Referee:
         positions = max(self.context, min(positions, 2 ** 28 // self.vocab_size))
         exam = Exam(texts, self.bos, self.context, positions, COPIES if self.verified else 1)
         if self.verified:
-            with model_folder:
+            with model_folder, self.suspended():
                 self.examine_copies(exam, positions, model)
         else:
             self.examine(self.channel, exam, exam.parts[0], positions, self.scratch)
@@ -1283,7 +1317,8 @@ class Referee:
             known = len(bytes_of) == self.vocab_size and tokens.max(initial=0) < self.vocab_size
             if not known or bytes_of[tokens].sum() != self.manifest[split].get("bytes"):
                 sys.exit(f"FAIL: the bytes of the tokens in {self.folder} do not add up to those "
-                         "of the text; delete it and run: uv run prepare.py")
+                         "of the text; delete it and run: uv run prepare.py --vocab-size "
+                         f"{self.vocab_size}")
             texts.append((tokens, offsets))
         return texts
 
@@ -1291,8 +1326,8 @@ class Referee:
         """
         Show batches of views through `channel` and keep their losses.
 
-        Returns the seconds spent waiting for logits. They come in pieces of at most `limit`
-        positions, alternating between the two halves of a shared array in `folder`.
+        Returns the seconds spent waiting for logits. They come in pieces of `limit` positions, the
+        last one shorter, alternating between the two halves of a shared array in `folder`.
         """
         limit, dtype = positions, np.float32
         if self.accelerator:                            # 64 MiB each: one is copied, one is read
@@ -1324,7 +1359,7 @@ class Referee:
             waited += awake() - start
             count = answer[0] if answer else 0
             most = min(halves.shape[1], len(targets) - taken)
-            if not 0 < count <= most:
+            if count != most:       # of smaller pieces more time would be the referee's, uncounted
                 sys.exit(ABORTED)
             piece = halves[len(losses) % 2, :count]
             differs |= (piece[0] != piece[-1]).any()
@@ -1356,7 +1391,7 @@ class Referee:
         Nothing that was shown before can help a copy. Exits if one takes much longer than a forward
         pass: it then does something else, such as training on.
         """
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             folders = [tempfile.mkdtemp(dir=folder) for _ in exam.parts]
             copies, channels = [], []
             for n, batches in enumerate(exam.parts):
@@ -1370,6 +1405,7 @@ class Referee:
                 finally:
                     copies[n].kill()
                     copies[n].wait()
+                    shutil.rmtree(folders[n], ignore_errors=True)
                 self.check_copy_time(seconds, exam, batches)
 
     def check_copy_time(self, seconds, exam, batches):
@@ -1427,7 +1463,7 @@ class Referee:
         self.line["epochs"] = round(self.tokens / max(1, self.text_tokens), 3)
         self.line["train_loss"] = record.quarters(self.loss_curve)
         for key in ("num_steps", "peak_vram_mb", "mfu_percent", "num_params", "depth", "reseeded",
-                    "attention", "compiled"):
+                    "attention", "dtype", "compiled"):
             self.line[key] = numbers.get(key)
         # before this run has a line there
         kept = record.last_kept(self.program.parent, self.cache / "journal.jsonl", self.line)

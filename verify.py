@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import decide
@@ -31,21 +32,23 @@ import trial
 if budget := trial.budget_of_the_night():
     os.environ.setdefault("AUTORESEARCH_TIME_BUDGET", budget)
 
+import prepare  # before torch: it seals the process of a copy
+
 import machine
-import prepare
 import referee
 import seal
 
 import torch
 
 HERE = Path(__file__).resolve().parent
-# the last two too: verify.py, which shows the text to the copies, imports it
-HARNESS = *referee.HARNESS, "verify.py", "decide.py", "trial.py"
+# verify.py shows the text to the copies; it imports the last two
+HARNESS = *seal.HARNESS, "verify.py", "decide.py", "trial.py"
 # bytes of a train.py that a person still reads; more may be data
 LONGEST = 100_000
 GPUS = "/dev/dri", "/dev/kfd", "/dev/dxg"       # AMD's and WSL2's, beside /dev/nvidia*
 KEPT_VARIABLES = (
     "SYSTEMROOT", "TEMP", "USERNAME", "USERPROFILE",    # without these nothing starts on Windows
+    "TMPDIR", "XDG_CACHE_HOME", "UV_CACHE_DIR",         # where locks are, and what is to be hidden
     "PATH", "LANG", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES",
     "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HSA_OVERRIDE_GFX_VERSION",
     "OMP_NUM_THREADS", "AUTORESEARCH_CACHE_DIR", "AUTORESEARCH_TIME_BUDGET", "AUTORESEARCH_DEVICE",
@@ -88,8 +91,8 @@ def trunk():
 
 def check(commit):
     """
-    Exits if a commit changes anything but train.py since it left the trunk, or if its train.py is
-    too long to be read.
+    Exits if a commit changes anything but train.py and program.md since it left the trunk, or if
+    its train.py is too long to be read.
     """
     start = git("merge-base", trunk(), commit)
     changed = git("diff", "--name-only", start, commit).splitlines()
@@ -119,10 +122,12 @@ def bubblewrap():
         if path is None:
             print("not isolated: there is no bwrap here (Debian: apt install bubblewrap)")
             return None
-    trial = subprocess.run([path, "--unshare-all", "--ro-bind", "/", "/", "true"],
-                           capture_output=True, text=True)
-    if trial.returncode:
-        print(f"not isolated: bwrap does not work here ({trial.stderr.strip()})")
+    # Some containers allow all but /proc.
+    command = [path, "--unshare-all", "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev",
+               "--tmpfs", "/tmp", "true"]
+    probe = subprocess.run(command, capture_output=True, text=True)
+    if probe.returncode:
+        print(f"not isolated: bwrap does not work here ({probe.stderr.strip()})")
         return None
     return path
 
@@ -130,8 +135,8 @@ def bubblewrap():
 def sandbox(path, clone, scratch=None):
     """
     The command to put before another: it then sees the system, Python and the clone, and can write
-    nowhere but to an empty /tmp and, if given, the scratch folder and the clone. No network, no
-    other process, none of the texts.
+    nowhere but to an empty /tmp and, if given, the scratch folder. No network, no other process,
+    none of the texts.
     """
     if path is None:
         return []
@@ -158,8 +163,8 @@ def sandbox(path, clone, scratch=None):
         known += [folder / "manifest.json", folder / "tokenizer.b64"]
     for file in filter(Path.exists, known):
         command += ["--ro-bind", str(file), str(file)]
-    command += ["--bind" if scratch else "--ro-bind", str(clone), str(clone)]
-    if scratch:
+    command += ["--ro-bind", str(clone), str(clone)]
+    if scratch:                         # else the referee adds what a copy sees
         command += ["--bind", str(scratch), str(scratch), "--chdir", str(clone), "--"]
     return command
 
@@ -171,26 +176,26 @@ def run(commit, seed, path):
     """
     journal = prepare.CACHE / "journal.jsonl"
     before = journal.stat().st_size if journal.exists() else 0
-    with tempfile.TemporaryDirectory(prefix="verify-") as folder:
+    with tempfile.TemporaryDirectory(prefix="verify-", ignore_cleanup_errors=True) as folder:
         folder = Path(folder).resolve()
         clone, scratch, home = folder / "clone", folder / "scratch", folder / "home"
         # objects stay where they are
         git("clone", "--quiet", "--no-checkout", "--shared", str(HERE), str(clone))
         git("checkout", "--quiet", "--detach", commit, folder=clone)
-        for name in HARNESS:
+        for name in (*HARNESS, "program.md"):       # nobody reads a commit's program.md for data
             shutil.copy(HERE / name, clone)
         scratch.mkdir()
         home.mkdir()
         environment = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
         environment |= {"HOME": "/tmp" if path else str(home), "PYTHONUNBUFFERED": "1",
                         "AUTORESEARCH_CACHE_DIR": str(prepare.CACHE)}
-        told, to_train = os.pipe()
-        to_referee, tells = os.pipe()
+        train_in, referee_out = os.pipe()
+        referee_in, train_out = os.pipe()
         mine = {"AUTORESEARCH_SEED": str(seed), "AUTORESEARCH_REFEREE": str(scratch)}
         with open(f"verify-{commit[:7]}-{seed}.log", "wb") as log:
             train = subprocess.Popen(
                 [*sandbox(path, clone, scratch), sys.executable, "train.py"], cwd=clone,
-                env=environment | mine, stdin=told, stdout=tells, stderr=log,
+                env=environment | mine, stdin=train_in, stdout=train_out, stderr=log,
                 start_new_session=True)
             settings = {
                 "pid": train.pid, "cache": str(prepare.CACHE), "scratch": str(scratch),
@@ -198,20 +203,20 @@ def run(commit, seed, path):
                 "sandbox": sandbox(path, clone)}
             referee = subprocess.Popen(
                 [sys.executable, "-I", str(clone / "referee.py"), json.dumps(settings)],
-                stdin=to_referee, stdout=to_train, stderr=log, start_new_session=True,
-                env=environment | {"TORCHDYNAMO_DISABLE": "1"})
-            for descriptor in (told, to_train, to_referee, tells):
+                stdin=referee_in, stdout=referee_out, stderr=log, start_new_session=True,
+                env=environment | {"TORCHDYNAMO_DISABLE": "1"})     # for the copies
+            for descriptor in (train_in, referee_out, referee_in, train_out):
                 os.close(descriptor)
             try:
-                train.wait()
-                referee.wait(60)
+                referee.wait()                  # it watches train.py's process, with a hard limit
+                with suppress(subprocess.TimeoutExpired):
+                    train.wait(60)
             finally:
-                train.kill()
-                referee.kill()
-    with open(journal, "rb") as file:
-        file.seek(before)
-        lines = [json.loads(line) for line in file if line.strip()]
-    for line in lines:
+                for process in train, referee:
+                    process.kill()              # which ends a stopped process too
+                    process.wait()
+    written = journal.read_bytes()[before:] if journal.exists() else b""
+    for line in map(json.loads, filter(None, written.splitlines())):
         if line.get("verified") and line["seed"] == seed:
             return line
     return None
@@ -223,6 +228,16 @@ def mean_and_spread(values):
     """Two columns of the table."""
     spread = f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-"
     return f"{statistics.mean(values):>10.6f}{spread:>9}"
+
+
+def circumstances(line):
+    """What to know of a run beside its number."""
+    yield "isolated" if line["isolated"] else "not isolated"
+    if not line["sealed"]:
+        yield "not sealed"
+    yield f"startup {line['startup_seconds']:.0f} s"        # training on other text would show here
+    if "ours" in line["machine"]:
+        yield f"{line['machine']['ours']:.0%} of the machine"
 
 
 def table(commits, rows, lines):
@@ -255,7 +270,7 @@ def table(commits, rows, lines):
 
 def run_copy():
     """
-    A fresh copy of a trained model, which is shown a part of the text and then killed (verify.py).
+    A fresh copy of a trained model, which is shown a part of the text and then killed.
     """
     channel = referee.Channel(0, os.dup(1))
     # what the model prints does not go to the referee
@@ -268,7 +283,7 @@ def run_copy():
     if sys.argv[3] == "1":
         importlib.import_module("torch._dynamo")
     channel.send("ready")
-    # until the copy before is done
+    # a copy starts while another one is timed, so this may take long
     word, *rest = channel.receive(prepare.HARD_LIMIT)
     if word != "load":
         return
@@ -319,8 +334,7 @@ def main():
                 failures += 1
                 result = f"{failure}; see verify-{commit[:7]}-{seed}.log"
             else:
-                isolated = "isolated" if line["isolated"] else "not isolated"
-                result = f"val_bpb {line['val_bpb']:.6f}, {isolated}"
+                result = f"val_bpb {line['val_bpb']:.6f}, {', '.join(circumstances(line))}"
             print(f"{commit[:7]} seed {seed}: {result}", flush=True)
     table(commits, rows, lines)
     if failures:

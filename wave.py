@@ -44,10 +44,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 import decide
+from seal import HARNESS
 
 HERE = Path(__file__).resolve().parent
-# As in referee.py
-HARNESS = "prepare.py", "machine.py", "ngrams.py", "referee.py", "record.py", "seal.py"
 GRACE = 360             # seconds for all but training, after which a run hangs
 RETRIES = 2             # of a run whose machine died
 HANGS = "hangs"         # in place of an exit status
@@ -168,7 +167,7 @@ def parse(argument):
         sys.exit(f"{name} is on no branch, so it does not travel: git branch idea/NAME {name}")
     if changed := git("diff", "--name-only", commit, "--", *HARNESS).split():
         sys.exit(f"{name} has another {changed[0].decode()} than this checkout: its numbers would "
-                 f"not compare; git cherry-pick its change of train.py onto a branch of this one")
+                 f"not compare; cherry-pick it onto a branch of this checkout, without that file")
     return short, commit, seed
 
 

@@ -67,6 +67,12 @@ def test_cross_entropy_is_torchs():
         assert np.isnan(referee.cross_entropy(logits.numpy(), targets.numpy(), pool)[5])
 
 
+@pytest.mark.parametrize("budget,step,seconds", [
+    (300, 0.2, 306.2), (300, 6, 312), (300, 300, 312), (60, 0.2, 61.4), (10, 0.1, 10.6)])
+def test_what_training_may_take(budget, step, seconds):
+    assert referee.most_seconds(budget, step) == pytest.approx(seconds)
+
+
 def test_uniform_logits_cost_log2_of_the_vocabulary_a_token(run):
     next(run.batches(2))
     table = torch.zeros(512, 512)
