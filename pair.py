@@ -53,7 +53,7 @@ def run(commits, seed, by_turns):
         try:
             for name, (commit, log) in enumerate(zip(commits, logs)):
                 processes.append(start(commit, seed, log, folder, str(name), by_turns))
-                # The second one starts up once the first is ready to train, or after it.
+                # The second starts once the first is ready to train; without turns, has ended.
                 while processes[-1].poll() is None and not (folder / f"{name}.ready").exists():
                     time.sleep(0.1)
                 if processes[-1].poll():
@@ -85,7 +85,10 @@ def main():
 
     done = [seed for seed, both in decide.pairs(HERE, idea, kept).items()
             if all("val_bpb" in log for log in both)]
-    seed = next((seed for seed in decide.PAIR_SEEDS if seed not in done), decide.PAIR_SEEDS[-1])
+    left = [seed for seed in decide.PAIR_SEEDS if seed not in done]
+    if not left:
+        sys.exit(f"{idea} has had its three pairs: uv run decide.py")
+    seed = left[0]
     by_turns = machine.default_device().type == "cpu"
     print(f"{idea} and {kept} on seed {seed}, {'by turns' if by_turns else 'one after the other'}",
           flush=True)

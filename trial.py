@@ -116,7 +116,7 @@ def stop():
     if process := going():
         family = [process, *process.children(recursive=True)]
         process.terminate()
-        # What it has started ends with it, but on Windows, and where it hangs.
+        # What it has started ends with it, except on Windows and where it hangs.
         for each in psutil.wait_procs(family, 30)[1]:
             with suppress(psutil.NoSuchProcess):
                 each.kill()

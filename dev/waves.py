@@ -128,7 +128,7 @@ def replay(slots, run_seconds, gap, agents, nights):
     cycle = run_seconds + gap
     for _ in range(nights):
         if slots == 1:
-            night = simulate.Night(0, 0, draw)
+            night = simulate.Night(0, 0, 0, draw)
             for result in night.decisions(ideas=10_000):        # more than fit into a night
                 if (sum(map(len, night.values.values())) + 1) * cycle > HOURS * 3600:
                     break

@@ -460,9 +460,11 @@ def test_rows_of_one_commit_and_seed_in_a_wave_take_its_lines_in_order(execute, 
     (dict(share={"cores": 2, "nice": 5}), "ran at nice 5"),
     (dict(share={"cores": 2, "nice": -5}), "ran at nice -5"),
     (dict(attention="varlen_attn"), "attention was varlen_attn, the first run's FlashAttention-3"),
+    (dict(dtype="float32"), "matmuls were in float32, the first run's in bfloat16"),
     (dict(compiled=False), "was not compiled")])
 def test_a_run_with_less_of_the_machine_is_doubted(execute, more, words):
-    usual = {"share": {"cores": 2, "nice": 0}, "attention": "FlashAttention-3", "compiled": True}
+    usual = {"share": {"cores": 2, "nice": 0}, "attention": "FlashAttention-3", "compiled": True,
+             "dtype": "bfloat16"}
     rows = ["aaaaaa1\t1.300000\t1.0\tkeep\tbaseline", "bbbbbb2\t1.280000\t1.0\tkeep\ta gain"]
     first = run_line("aaaaaa1", 1.3, 1.3, **usual)
     same, other = (run_line("bbbbbb2", 1.28, 1.28, **each) for each in (usual, usual | more))

@@ -176,6 +176,10 @@ def test_a_pair_that_is_stopped_leaves_nothing_behind(tmp_path, small_cache):
 
 def test_what_a_pair_cannot_do_is_said(tmp_path, small_cache):
     pair = Pair(tmp_path, small_cache)
+    for commit, seed in itertools.product((pair.idea, pair.kept), (43, 44, 45)):
+        (pair.clone / f"run-{commit}-{seed}-01120000.log").write_text("---\nval_bpb:  1.9\n")
+    result = pair.run()
+    assert result.returncode == 1 and f"{pair.idea} has had its three pairs" in result.stdout
     pair.git("reset", "-q", "--hard", pair.kept)
     result = pair.run()
     assert result.returncode == 1 and "is the last kept commit itself" in result.stdout
