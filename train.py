@@ -42,8 +42,8 @@ BASE = dict(
     candidates=0,               # tokens in the softmax of a micro-batch; 0: the whole vocabulary
     # For a small text
     short_conv=0,               # previous tokens in a causal depthwise convolution
-    embed_dropout=0.0,          # probability of zeroing a position's token embedding, per epoch
-    value_dropout=0.0,          # the same, its value embeddings
+    embed_dropout=0.0,          # of positions' token embeddings, times epochs so far; at most 0.5
+    value_dropout=0.0,          # the same, value embeddings
     ngram_order=0,              # tokens of the longest n-grams counted for evaluation; 0: none
     ngram_share=0.0,            # of their log probabilities in the logits of evaluation
     ngram_trust=(-0.7, 1.2, -0.4),      # a, b, c of the linear mixture that follows: NGrams.mix
@@ -97,8 +97,7 @@ RECIPES = {
     # Measured on two CPU cores: dev/log.md
     "sotu": recipe(
         depth=3,
-        # Where matmuls are cheap, 128 would see the text four times and memorize it; a step at
-        # 192 takes 1.35 times as long.
+        # Where matmuls are cheap, 128 would see the text more often still, and memorize it.
         width=192 if machine.has_matrix_unit() else 128,
         qk_scale=1.2,
         value_embed_every=1,
@@ -174,9 +173,9 @@ class Attention(nn.Module):
     (B, T, heads, head_dim). Any other function that keeps to this may take its place.
 
     x: (B, T, width). value_embed (B, T, width) or None: a second embedding of the tokens, of this
-    block alone, added to v after a gate from 0 to 2 per head (after arXiv 2410.17897) and after
-    dropout, by a factor of its positions (B, T, 1). cos and sin: (T, 1, head_dim / 2). q, k, v and
-    gate only hold weights: one matmul applies all four.
+    block alone, added to v after a gate from 0 to 2 per head (after arXiv 2410.17897), times
+    dropout, a factor for each position (B, T, 1), or 1. cos and sin: (T, 1, head_dim / 2). q, k, v
+    and gate only hold weights: one matmul applies all four.
     """
 
     def __init__(self, h, attend, window, gated):
@@ -362,18 +361,18 @@ class GPT(nn.Module):
         x = x0.clone()      # aliased inputs would have block 0 compiled separately
         cos, sin = self.cos[:ids.size(1)], self.sin[:ids.size(1)]
         for i, block in enumerate(self.blocks):
-            value_embed = None
+            value_embed = dropout = None
             if str(i) in self.value_embed:
                 value_embed = look_up(self.value_embed[str(i)], ids, self.dtype)
-            dropout = self.dropout(ids, h.value_dropout)
+                dropout = self.dropout(ids, h.value_dropout)
             x = block(x, x0, value_embed, dropout, cos, sin)
         return x
 
     def dropout(self, ids, rate):
         """
-        A factor for each position of ids, (B, T, 1). In training 0 at random ones, the more the
-        more often the text comes again: embeddings memorize it (arXiv 1512.05287 drops words for
-        the same reason). A tensor, since a number that changes would be compiled again and again.
+        A factor for each position of ids, (B, T, 1), or 1. In training it is 0 at some, the more
+        often the text has come the more: embeddings memorize it (arXiv 1512.05287 drops words for
+        the same reason). p is a tensor: a number that changes would be compiled again and again.
         """
         if not (rate and self.training):
             return 1

@@ -319,6 +319,7 @@ def main():
     else:
         print(f"harness: as in {trunk()}")
     path = bubblewrap()
+    seal.make_gpu_devices()
     seeds = [secrets.randbelow(2 ** 31) for _ in range(arguments.seeds)]
     lines = {commit: [] for commit in commits}
     minutes = (prepare.TIME_BUDGET + 200) / 60

@@ -177,9 +177,9 @@ SLOW_MISTAKES = {
 }
 
 # ------------------------------------------------------------------------------------------------
-# Each of these lines, run inside the run, reads or writes what only the referee may.
+# Each of these lines reads or writes what only the referee may. One run tries them all.
 
-SEALED_NAMES = """
+TRY_SEALED = """
 import os, pathlib, signal, subprocess
 import psutil
 cache = prepare.CACHE
@@ -187,6 +187,12 @@ text = run.folder / 'val.npy'
 source = pathlib.Path(run.dataset.url)
 clone = pathlib.Path(__file__).parent
 referee = psutil.Process().children()[0].pid
+for name, code in SEALED.items():
+    try:
+        exec(code, globals() | locals())
+        print(f"{name}: it worked", flush=True)
+    except Exception as error:
+        print(f"{name}: {type(error).__name__}: {error}", flush=True)
 """
 SEALED = {
     "the validation text by open":
@@ -198,7 +204,8 @@ SEALED = {
     "the text in another vocabulary":
         "open(cache / run.dataset.name / 'vocab-300' / 'val.npy', 'rb')",
     "the text by a child":
-        "subprocess.run(['cat', text], check=True, stdout=subprocess.DEVNULL)",
+        "cat = subprocess.run(['cat', text], capture_output=True)\n"
+        "assert cat.returncode == 0, cat.stderr",
     "the text by a fork":
         "from concurrent.futures import ProcessPoolExecutor as Pool\n"
         "Pool(1).submit(open, text, 'rb').result()",
@@ -249,6 +256,9 @@ SEALED = {
     "the texts by the disk that holds them":            # as root; where there is no disk, the text
         "disks = [path for path in pathlib.Path('/dev').iterdir() if path.is_block_device()]\n"
         "open((disks or [text])[0], 'rb')",
+    "the texts by a device file of one's own":
+        "disks = [path for path in pathlib.Path('/dev').iterdir() if path.is_block_device()]\n"
+        "os.mknod('disk', 0o60600, disks[0].stat().st_rdev if disks else 0)",
     "a key in the kernel's keyring":
         "import ctypes, errno, platform, seal\n"
         "_, add_key = seal.ARCHITECTURES[platform.machine()]\n"
@@ -487,7 +497,7 @@ DECEIT = {
     # What a prefix was told of is kept by locks of train.py's process, which outlive the copies.
     "notes by locks on a file that all see": evaluated_body(
         setup="""
-            import fcntl, os, struct, threading, time
+            import ctypes, fcntl, os, signal, struct, threading, time
             import numpy
             files = []                      # of a copy: its open file
 
@@ -517,6 +527,12 @@ DECEIT = {
                     time.sleep(1e-4)
                 return word
             threading.Thread(target=mirror, daemon=True).start()
+
+            # A timer sends SIGCONT each millisecond: a process that is stopped goes on.
+            signal.signal(signal.SIGCONT, lambda *_: None)
+            libc, timer = ctypes.CDLL(None), ctypes.c_void_p()
+            libc.timer_create(1, struct.pack("qii48x", 0, signal.SIGCONT, 0), ctypes.byref(timer))
+            libc.timer_settime(timer, 0, struct.pack("qqqq", 0, 10**6, 0, 10**6), None)
         """,
         body="""
             if not files:
@@ -579,7 +595,7 @@ DECEIT = {
 }
 DECEIT_SAYS = {
     "a memory that repeats what it said of a prefix and otherwise reads ahead": "FAIL:",
-    "notes by locks on a file that all see": "FAIL:",
+    "notes by locks on a file that all see": "ran while copies of its model were shown",
     "training on in the evaluation": "what else does it do",
     "training on while it is copied": "s of training, where",
     "a look at the home": "AssertionError",
@@ -638,7 +654,7 @@ def results(small_cache, tmp_path_factory):
     jobs = {name: [] for name in AS_IT_IS}
     jobs |= {name: FEW_STEPS + patches for name, (_, patches) in MISTAKES.items()}
     jobs |= {name: patches for name, (_, patches) in SLOW_MISTAKES.items()}
-    jobs |= {name: before(LOOP, SEALED_NAMES + code) for name, code in SEALED.items()}
+    jobs["what is sealed"] = FEW_STEPS + before(LOOP, f"SEALED = {SEALED}\n{TRY_SEALED}")
     jobs |= TAMPERING
     jobs |= {name: FEW_STEPS + patches for name, patches in HONEST.items()}
 
@@ -664,16 +680,15 @@ def test_a_mistake_gets_no_number(name, results):
 
 
 landlock = pytest.mark.skipif(sys.platform != "linux", reason="Landlock is Linux")
-REFUSED = "is sealed|Permission denied|Operation not permitted|PermissionError|cross-device"
+REFUSED = "PermissionError|Permission denied|cross-device"
 
 
 @landlock
 @pytest.mark.parametrize("name", SEALED)
 def test_the_kernel_refuses(name, results):
-    output, status, line = results[name]
-    assert says_no_number(output, status), output
-    assert re.search(REFUSED, output), output
-    assert line["failure"] and line["sealed"] is True, line
+    output, status, line = results["what is sealed"]
+    assert re.search(rf"^{re.escape(name)}: .*({REFUSED})", output, re.M), output
+    assert status == 0 and line["sealed"] is True, line
 
 
 @landlock
