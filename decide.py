@@ -227,7 +227,7 @@ class Session:
             lost = [f"{row.val_bpb:.6f}" for row in self.rows
                     if row.train == self.first.train and not row.steps]
             words += (f" (not at equal steps: no log has the val_bpb {' or '.join(lost)} of the "
-                      "baseline's rows; correct them)")
+                      "baseline's rows; correct these, or move their logs back)")
         return words
 
     def runs(self, train, seed):
@@ -370,9 +370,11 @@ def other_kernels(log, usual):
     attention = log.get("attention")
     if not named or attention in (None, named[-1]):
         return ""
+    # " in float32": the dtype, which is measured
+    kernel = "" if attention.split(" in ")[0] == named[-1].split(" in ")[0] else (
+        "run uv run prepare.py, ")
     return (f"; {log['name']} ran with the attention {attention} instead of {named[-1]}: unless "
-            "the idea changes that, run uv run prepare.py, move this log to logs-<tag>/ and run "
-            "again")
+            f"the idea changes that, {kernel}move this log to logs-<tag>/ and run again")
 
 # ------------------------------------------------------------------------------------------------
 # The program
@@ -480,6 +482,8 @@ def decision(session, folder, commit):
     log = logs(folder, commit, 42)[-1]                      # earlier ones do not count
     words += busy(log, usual) + other_kernels(log, usual)
     for log in itertools.chain(*found.values()):
+        if "val_bpb" not in log:
+            continue
         again = "move both logs of this pair to logs-<tag>/ and run it again"
         words += busy(log, usual, again) + other_kernels(log, usual)
     return result, words

@@ -21,6 +21,7 @@ off from them (seal.py). How things travel between the two, through the class Ru
 
 import argparse
 import base64
+import concurrent.futures
 import copy
 import faulthandler
 import getpass
@@ -458,8 +459,8 @@ def announced_sha256(reply):
 
 def check_parquet(path):
     """
-    Delete the file unless it has a parquet footer, and then raise OSError, and a column `text`,
-    ValueError: fetching that one again would not help.
+    Raises OSError if the file has no parquet footer, ValueError if it has no column `text`, where
+    another try would not help; either way it is deleted.
     """
     import pyarrow
     import pyarrow.parquet
@@ -494,6 +495,8 @@ def download_all(urls, folder, workers, command):
         jobs = [pool.submit(download, url, path, bar) for url, path in missing]
         for (_, path), job in zip(missing, jobs):
             try:
+                while not job.done():           # on Windows, nothing interrupts a wait without end
+                    concurrent.futures.wait([job], timeout=0.5)
                 job.result()
             except (OSError, ValueError) as error:      # ValueError: a redirect to no address
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -505,6 +508,7 @@ def download_all(urls, folder, workers, command):
             except KeyboardInterrupt:       # any other way out waits for the other downloads
                 print(f"\nstopped; what has arrived is kept. To continue, run: {command}",
                       file=sys.stderr, flush=True)
+                sys.stdout.flush()
                 os._exit(1)
     return paths
 

@@ -102,7 +102,8 @@ def last_kept(folder, journal, line):
         rows = [row.split("\t") for row in (folder / "results.tsv").read_text("utf-8").splitlines()]
         # Not the kept commit's half of a pair, whose row may follow the idea that was kept.
         kept = [row[0] for row in rows
-                if len(row) == 5 and row[3] == "keep" and not row[4].startswith("again")]
+                if len(row) == 5 and row[3] == "keep"
+                and not row[4].startswith(("again, seed", "again seed"))]
         if not kept:
             return None
         found = None
