@@ -467,8 +467,9 @@ def eager(function, reason):
 def compiled(function):
     """
     Decorator: compile the function at its first call. Where that does not work it runs eager, and
-    one printed line says so. A module in eval mode runs eager too: evaluation has rows of many
-    lengths, and compiling for each takes longer than it saves.
+    one printed line says so; its backward pass is compiled later, where nothing catches a failure.
+    A module in eval mode runs eager too: evaluation has rows of many lengths, and compiling for
+    each takes longer than it saves.
     """
     call = None
 

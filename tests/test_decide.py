@@ -268,7 +268,7 @@ def test_a_row_whose_log_is_gone_does_not_count(wandering, write, folder, log, a
     table = (folder / "results.tsv").read_text()
     (folder / "results.tsv").write_text(table + row(KEPT, 1.2, "keep", "again, seed 42") + "\n")
     log(IDEA, 42, 1.29, 3, num_steps=1000)
-    assert "(not at equal steps: no log has the val_bpb" in answer()[0]     # of the baseline
+    assert "(not at equal steps: no log has the val_bpb 1.200000 of the base" in answer()[0]
     (folder / "results.tsv").write_text(
         table + row("ccccccc", 1.31, "discard", "x") + "\n"
         + row("ccccccc", 1.2, "discard", "seed 43: x") + "\n")
