@@ -42,8 +42,8 @@ BASE = dict(
     candidates=0,               # tokens in the softmax of a micro-batch; 0: the whole vocabulary
     # For a small text
     short_conv=0,               # previous tokens in a causal depthwise convolution
-    embed_dropout=0.0,          # of positions' token embeddings, times epochs so far; at most 0.5
-    value_dropout=0.0,          # the same, value embeddings
+    embed_dropout=0.0,          # chance to zero a position's token embedding, times epochs so far
+    value_dropout=0.0,          # the same, value embeddings; both are 0.5 at most
     ngram_order=0,              # tokens of the longest n-grams counted for evaluation; 0: none
     ngram_share=0.0,            # of their log probabilities in the logits of evaluation
     ngram_trust=(-0.7, 1.2, -0.4),      # a, b, c of the linear mixture that follows: NGrams.mix
@@ -370,9 +370,9 @@ class GPT(nn.Module):
 
     def dropout(self, ids, rate):
         """
-        A factor for each position of ids, (B, T, 1), or 1. In training it is 0 at some, the more
-        often the text has come the more: embeddings memorize it (arXiv 1512.05287 drops words for
-        the same reason). p is a tensor: a number that changes would be compiled again and again.
+        A factor for each position of ids, (B, T, 1), or 1. In training some are 0, more of them
+        with every epoch: embeddings memorize a text that comes again (arXiv 1512.05287 drops words
+        for the same reason). p is a tensor, since each new number would be compiled again.
         """
         if not (rate and self.training):
             return 1
