@@ -451,10 +451,12 @@ def by_pairs(session, found, gain):
     return pair_verdict(gains, session.margin), statistics.fmean(gains), ", ".join(told)
 
 
-def decision(session, folder, commit):
-    """(verdict, why and what next) for a commit, by its logs. Exits if something is missing."""
+def decision(session, folder, commit, found):
+    """
+    (verdict, why and what next) for a commit, by its logs and the pairs `found`. Exits if something
+    is missing.
+    """
     kept = session.kept
-    found = pairs(folder, commit, kept.commit)
     # The margin is that before the pairs, even if rows of them are there already.
     of_pairs = {(seed, float(log.get("val_bpb", 0))) for seed, (_, log) in found.items()}
     session = Session([row for row in session.rows
@@ -542,9 +544,10 @@ def decide(rows, session, commit, path, wave):
     if wave:
         result, words = wave_decision(session, folder, commit)
         return f"{commit} {result}: {words}"
-    result, words = decision(session, folder, commit)
+    found = pairs(folder, commit, session.kept.commit)
+    result, words = decision(session, folder, commit, found)
     # The row of this idea comes next, and two for each pair.
-    rows_since += 1 + 2 * len(pairs(folder, commit, session.kept.commit))
+    rows_since += 1 + 2 * len(found)
     if result != "run a pair" and rows_since >= AGAIN:
         words += "; then it is time to run the last kept commit on seed 42 again"
     return f"{result}: {words}"

@@ -26,7 +26,7 @@ def clone(tmp_path, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_CACHE_DIR", str(tmp_path / "cache"))
     clone = tmp_path / "clone"
     clone.mkdir()
-    for name in ("morning.py", "decide.py", "record.py", "trial.py", "analysis.ipynb"):
+    for name in ("morning.py", "decide.py", "record.py", "seal.py", "trial.py", "analysis.ipynb"):
         shutil.copy(ROOT / name, clone)
     return clone
 
